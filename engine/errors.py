@@ -1,0 +1,37 @@
+"""Everything the engine raises on purpose.
+
+EngineError
+├── GGUFFormatError       the file is broken, cut short or not GGUF
+├── UnsupportedModel      an architecture, or a setting of it, that no model file here runs
+├── UnsupportedQuant      a tensor type that cannot be decoded
+├── UnsupportedTokenizer  a tokenizer or pre-tokenizer that is not known
+└── CapacityError         a batch or a sequence that does not fit what was allocated
+
+Wrong calls raise ValueError or TypeError; a file that cannot be opened raises the operating system's OSError.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of the errors that a caller can act on."""
+
+
+class GGUFFormatError(EngineError):
+    """The file breaks the GGUF format; says where and what was expected."""
+
+
+class UnsupportedModel(EngineError):
+    """The architecture, or a switch in its metadata, is not one that the engine computes."""
+
+
+class UnsupportedQuant(EngineError):
+    """A tensor's type cannot be decoded."""
+
+
+class UnsupportedTokenizer(EngineError):
+    """The vocabulary's model or pre-tokenizer is not known."""
+
+
+class CapacityError(EngineError):
+    """A batch, a sequence or a cache does not fit the memory that was allocated for it."""

@@ -1,0 +1,274 @@
+"""GGUF files, versions 2 and 3: one shared read-only mapping, and views on it.
+
+    | magic "GGUF" | version u32 | n_tensors u64 | n_keys u64 |
+    | n_keys of    : key string | type u32 | value                                      |
+    | n_tensors of : name string | n_dims u32 | n_dims of u64, fastest first | type u32 | offset u64 |
+    | padding to the alignment | tensor data, each tensor at a multiple of the alignment |
+
+All numbers are little-endian; a string is a u64 length and UTF-8 bytes; an array is its type (u32), its count
+(u64) and its items.
+
+Opening reads the header once and copies no data: tensors and arrays of numbers are views, strings in arrays
+are located only. Nothing in the file is believed (see `engine.gguf_fields`): whatever is wrong raises
+GGUFFormatError.
+
+Whoever shortens a file while it is mapped makes its readers die of SIGBUS: replace models by renaming.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import GGUFFormatError
+from engine.ggml_types import GGML_TYPES, GGMLType
+from engine.gguf_fields import CUT_SHORT, U32, U64, FieldReader, MetadataValue, StringArray
+
+__all__ = ["GGUFFile", "MetadataValue", "StringArray", "Tensor", "open"]
+
+DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4
+
+_FOREIGN = {  # first bytes of what people hand over instead of a GGUF file
+    b"vers": "it may be a Git LFS pointer; run `git lfs pull`",
+    b"<!do": "it may be a web page; download the file itself",
+    b"<htm": "it may be a web page; download the file itself",
+    b"pk\x03\x04": "it may be a PyTorch checkpoint; convert it to GGUF",
+    b"tjgg": "it is a GGML file from before GGUF; convert the original model",
+    b"lmgg": "it is a GGML file from before GGUF; convert the original model",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """A tensor's place in the file.
+
+    Attributes:
+        shape: in NumPy's order, rows before columns: ggml's dimensions reversed.
+        offset: of the first byte, from the start of the file.
+        data: (n_bytes,) uint8, a read-only view on the mapping; keeps it alive.
+    """
+
+    name: str
+    type: GGMLType
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+    data: NDArray[np.uint8]
+
+
+class GGUFFile:
+    """An open GGUF file; see the top of this module. `engine.open` makes one; a context manager.
+
+    Attributes:
+        path: as it was given.
+        version: 2 or 3.
+        n_bytes: the file's size.
+        alignment: of the tensors' offsets, in bytes.
+        metadata_end: byte after the last metadata value.
+        data_offset: byte from which the tensors' offsets count.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens `path`.
+
+        Raises:
+            GGUFFormatError: the file is not a whole and sound GGUF file.
+            OSError: it cannot be opened (FileNotFoundError, IsADirectoryError, PermissionError ...).
+        """
+        self.path = os.fspath(path)
+        self._map = _map(Path(path))
+        self._whole = np.frombuffer(self._map, np.uint8)
+        self.n_bytes = len(self._map)
+        self._closed = False
+        fields = FieldReader(self.path, self._map, self._whole)
+        self.version, n_tensors, n_keys = _read_preamble(fields)
+        self._metadata, self.alignment = _read_metadata(fields, n_keys)
+        self.metadata_end = fields.at
+        self._tensors, self.data_offset = _read_tensors(fields, n_tensors, self.alignment)
+
+    @property
+    def metadata(self) -> Mapping[str, MetadataValue]:
+        """Values by key, in file order.
+
+        Python scalars and strings; arrays of strings are StringArrays; arrays of numbers are read-only views,
+        not always aligned (copy them for a kernel); arrays of arrays are tuples.
+        """
+        self._check_open()
+        return self._metadata
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Tensors by name, in file order."""
+        self._check_open()
+        return self._tensors
+
+    def resident_bytes(self) -> int:
+        """Bytes of the file in the page cache, in whole pages (mincore).
+
+        The kernel calls every page resident for a process that neither owns the file nor may write it.
+        """
+        self._check_open()
+        pages = np.empty(-(-self.n_bytes // mmap.PAGESIZE), np.uint8)
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        if mincore(self._whole.ctypes.data, self.n_bytes, pages.ctypes.data):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), self.path)
+        return int(np.count_nonzero(pages & 1)) * mmap.PAGESIZE
+
+    def close(self) -> None:
+        """Gives the mapping back; views still in use keep it until they are gone, and stay valid."""
+        if self._closed:
+            return
+        self._closed = True
+        self._metadata, self._tensors, self._whole = {}, {}, np.empty(0, np.uint8)
+        with contextlib.suppress(BufferError):  # a view is in use somewhere
+            self._map.close()
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<GGUFFile {self.path}: version {self.version}, {self.n_bytes:,} bytes>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
+
+
+def open(path: str | os.PathLike[str]) -> GGUFFile:
+    """Opens a GGUF file: reads its header, maps its tensors, copies nothing.
+
+    Raises:
+        GGUFFormatError: the file is not a whole and sound GGUF file.
+        OSError: it cannot be opened (FileNotFoundError, IsADirectoryError, PermissionError ...).
+    """
+    return GGUFFile(path)
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The whole file, shared and read-only."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a directory; name the .gguf file in it", str(path))
+    if not stat.S_ISREG(mode):  # opening a pipe would block
+        raise GGUFFormatError(f"{path}: not a regular file, which a mapping needs; copy it to one")
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise GGUFFormatError(f"{path}: the file is empty; {CUT_SHORT}")
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+
+
+def _read_preamble(fields: FieldReader) -> tuple[int, int, int]:
+    """Version, number of tensors, number of keys."""
+    magic = fields.map[:4]
+    if magic != b"GGUF":
+        hint = _FOREIGN.get(magic.lower(), "is it the right file?")
+        fields.fail(f"starts with {magic!r}, expected b'GGUF': not a GGUF file", way_on=hint)
+    fields.at = 4
+    version = fields.number(U32, "the version")
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    if version == 1:
+        fields.fail("version 1, expected 2 or 3", 4, "convert the original model again")
+    if version not in (2, 3):
+        if swapped in (1, 2, 3):
+            way_on = "rewrite it with `gguf-convert-endian FILE little` of the gguf package"
+            fields.fail(f"a big-endian file of version {swapped}, expected a little-endian one", 4, way_on)
+        fields.fail(f"version {version}, expected 2 or 3", 4, "a newer file needs a newer reader")
+    n_tensors, n_keys = fields.number(U64, "the tensor count"), fields.number(U64, "the key count")
+    fields.need(13 * n_keys + 32 * n_tensors, f"a header of {n_keys:,} keys and {n_tensors:,} tensors")
+    return version, n_tensors, n_keys
+
+
+def _read_metadata(fields: FieldReader, n_keys: int) -> tuple[dict[str, MetadataValue], int]:
+    """The metadata, and the alignment it asks for."""
+    metadata: dict[str, MetadataValue] = {}
+    alignment = DEFAULT_ALIGNMENT
+    for i in range(n_keys):
+        fields.where, begun = f"metadata key {i}", fields.at
+        key = fields.name("a key")
+        fields.where = f"key {_short(key)}"
+        if key in metadata:
+            fields.fail("the key is there twice", begun)
+        begun = fields.at
+        value = metadata[key] = fields.value()
+        if key == "general.alignment":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value & (value - 1):
+                fields.fail(f"an alignment of {value!r:.40}, expected a power of two", begun)
+            alignment = value
+    return metadata, alignment
+
+
+def _read_tensors(fields: FieldReader, n_tensors: int, alignment: int) -> tuple[dict[str, Tensor], int]:
+    """The tensors in file order, and the byte from which their offsets count."""
+    rows: list[tuple[str, GGMLType, tuple[int, ...], int, int]] = []
+    names: set[str] = set()
+    for i in range(n_tensors):
+        fields.where, begun = f"tensor {i}", fields.at
+        name = fields.name("a tensor's name")
+        fields.where = f"tensor {_short(name)}"
+        if name in names:
+            fields.fail("the name is there twice", begun)
+        names.add(name)
+        rows.append((name, *_read_tensor(fields, alignment)))
+    data_offset = -(-fields.at // alignment) * alignment
+    tensors = {}
+    for name, type_, shape, n_bytes, offset in rows:
+        begin = data_offset + offset
+        if begin + n_bytes > fields.end:
+            what = f"{fields.path}: tensor {_short(name)} ends at byte {begin + n_bytes:,} but the file has"
+            raise GGUFFormatError(f"{what} {fields.end:,}; {CUT_SHORT}")
+        tensors[name] = Tensor(name, type_, shape, begin, n_bytes, fields.whole[begin : begin + n_bytes])
+    for one, other in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
+        if one.offset + one.n_bytes > other.offset:
+            fields.where = f"tensors {_short(one.name)} and {_short(other.name)}"
+            fields.fail("they overlap", other.offset)
+    return tensors, data_offset
+
+
+def _read_tensor(fields: FieldReader, alignment: int) -> tuple[GGMLType, tuple[int, ...], int, int]:
+    """Type, shape, bytes and relative offset of the tensor whose name was just read."""
+    begun = fields.at
+    n_dims = fields.number(U32, "the number of dimensions")
+    if not 1 <= n_dims <= MAX_DIMS:
+        fields.fail(f"{n_dims:,} dimensions, expected 1 to {MAX_DIMS}", begun)
+    shape = tuple([fields.number(U64, "a dimension") for _ in range(n_dims)][::-1])
+    n_elements = 1
+    for dim in shape:
+        n_elements *= dim
+    if not 0 < n_elements < 1 << 63:
+        fields.fail(f"dimensions {shape} make {n_elements:,} weights, expected 1 to 2**63 - 1", begun)
+    begun = fields.at
+    type_id = fields.number(U32, "the type")
+    if type_id not in GGML_TYPES:
+        fields.fail(f"unknown type {type_id}, withdrawn from ggml or newer", begun, "quantize the model anew")
+    type_ = GGML_TYPES[type_id]
+    if shape[-1] % type_.block_size:
+        expected = f"expected a multiple of {type_.name}'s block of {type_.block_size}"
+        fields.fail(f"rows of {shape[-1]:,} weights, {expected}", begun)
+    begun = fields.at
+    offset = fields.number(U64, "the offset")
+    if offset % alignment:
+        fields.fail(f"offset {offset:,}, expected a multiple of the alignment {alignment:,}", begun)
+    return type_, shape, n_elements // type_.block_size * type_.block_bytes, offset
+
+
+def _short(name: str) -> str:
+    """A name for a message, however long it is."""
+    return repr(name if len(name) <= 80 else f"{name[:77]}...")

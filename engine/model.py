@@ -1,0 +1,93 @@
+"""What every architecture offers, and the way from a file to it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.hparams import architecture, llama_params
+from engine.quants import SUPPORTED, decoder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from engine.batch import Batch
+    from engine.gguf import GGUFFile
+    from engine.state import KVCache
+
+log = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """A model on a mapped file. Not for use by two threads at once: it owns one set of activations."""
+
+    params: Any
+    n_vocab: int
+    batch_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of activations and scratch, without weights and caches."""
+
+    def new_cache(self, n_slots: int, capacity: int) -> KVCache:
+        """A cache of `n_slots` sequences of up to `capacity` positions."""
+
+    def nll(self, batch: Batch, cache: KVCache) -> NDArray[np.float64]:
+        """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,).
+
+        The batch's keys and values stay in `cache`. Log-sum-exp runs in float64 over the whole vocabulary, block by
+        block; no row of logits is kept.
+
+        Raises:
+            CapacityError: more tokens than `batch_tokens`, or slots or positions outside the cache.
+            ValueError: token ids or targets outside the vocabulary, or a position that its slot already holds.
+        """
+
+    def logits(self, batch: Batch, cache: KVCache) -> NDArray[np.float32]:
+        """Logits of every token marked in `batch.outputs`, in batch order: float32 (n_outputs, V); raises as `nll`."""
+
+
+def check_supported(file: GGUFFile) -> None:
+    """Checks architecture, metadata and every tensor's type without touching a weight.
+
+    Raises:
+        UnsupportedModel, UnsupportedQuant: naming the key or tensor and what is supported.
+    """
+    llama_params(file)
+    for tensor in file.tensors.values():
+        if tensor.type.name not in SUPPORTED:
+            decoder(tensor.type.name)  # raises, with the list of supported types
+
+
+def load_model(file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096) -> Model:
+    """The model in a mapped file, ready to decode batches of up to `batch_tokens` tokens.
+
+    Weights stay quantized in the mapping; what is allocated is `nbytes`. Compiled kernels come from the disk cache where
+    they are there.
+
+    Raises:
+        UnsupportedModel, UnsupportedQuant: as `check_supported`, and for tensors that are missing, unknown or misshapen.
+        ValueError: threads or batch_tokens below one.
+    """
+    if threads < 1 or batch_tokens < 1:
+        raise ValueError(f"threads={threads}, batch_tokens={batch_tokens}; expected at least 1")
+    check_supported(file)
+    architecture(file)
+    from engine.models.llama import Llama
+
+    return Llama(file, threads=threads, batch_tokens=batch_tokens)
+
+
+def warm_up(file: GGUFFile) -> float:
+    """Compiles, or loads from the disk cache, every kernel that scoring this file needs; returns seconds compiling.
+
+    On a machine with several workers one of them calls this before the others start.
+    """
+    from engine.batch import Batch
+    from engine.kernels._jit import CompileTimer
+
+    with CompileTimer() as timer:
+        model = load_model(file, batch_tokens=2)
+        model.nll(Batch([0, 0], [0, 1], targets=[0, -1]), model.new_cache(1, 2))
+    return timer.seconds

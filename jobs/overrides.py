@@ -1,0 +1,70 @@
+"""The command line's `key=value` words, before Hydra reads them: paths are quoted, so that any path works.
+
+Hydra's grammar gives `=`, commas, parentheses, quotes, braces and `$` a meaning, and a shell expands
+`~` only at the start of a word. A path is therefore taken literally:
+
+    model.path=~/my models/a=b, (1).gguf    ->    model.path='/home/me/my models/a=b, (1).gguf'
+
+Left to Hydra as they are: `null`, `???`, nothing at all, and a value already in Hydra's own quotes, which is
+the way to have an interpolation (model.path="'${paths.results}/x.gguf'").
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+PATH_ENDINGS = ("path", "dir", "out")
+LITERAL_KEYS = ("tracking.uri",)
+"""Not paths, but texts from outside as well; `~` stays."""
+
+_WORD = re.compile(r"(\+{0,2}[^=~+]+)=(.*)", re.DOTALL)
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_SWEEP = re.compile(r"(?:choice|shuffle|sort)\(.*\)", re.DOTALL)
+
+
+def quote_paths(words: Sequence[str]) -> list[str]:
+    """The words with every path quoted for Hydra; everything else unchanged.
+
+    With `--multirun` a path with commas that does not exist is read as several; `choice(...)` is kept.
+    """
+    sweeping = "--multirun" in words or "-m" in words
+    return [_quote_word(word, sweeping) for word in words]
+
+
+def is_path_key(key: str) -> bool:
+    """Whether the value is a path: `*.path`, `*.dir`, `*.out`, all of `paths`; never Hydra's own keys."""
+    head, _, last = key.lstrip("+").rpartition(".")
+    return bool(head) and not key.startswith("hydra") and (last in PATH_ENDINGS or head == "paths")
+
+
+def literal(text: str) -> str:
+    """`text` as a quoted value of Hydra's grammar that evaluates to exactly `text`."""
+    # OmegaConf reads `${` in any string, quoted or not; an odd number of backslashes makes it literal.
+    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
+    # Hydra halves the backslashes that stand before a quote, the closing one included.
+    text = re.sub(r"(\\+)(?='|\Z)", r"\1\1", text)
+    return "'" + text.replace("'", r"\'") + "'"
+
+
+def _quote_word(word: str, sweeping: bool) -> str:
+    match = _WORD.fullmatch(word)
+    if word.startswith("-") or match is None:
+        return word
+    key, value = match.groups()
+    if not (is_path_key(key) or key.lstrip("+") in LITERAL_KEYS):
+        return word
+    if sweeping and "," in value and not Path(value).expanduser().exists():
+        if _SWEEP.fullmatch(value) or _QUOTED.match(value):
+            return word
+        return f"{key}=" + ",".join(_quote_value(key, part) for part in value.split(","))
+    return f"{key}={_quote_value(key, value)}"
+
+
+def _quote_value(key: str, value: str) -> str:
+    if value in ("", "???") or value.lower() == "null" or _QUOTED.fullmatch(value):
+        return value
+    # os.path keeps what pathlib would tidy away: `./x`, a trailing slash.
+    return literal(os.path.expanduser(value) if is_path_key(key) else value)  # noqa: PTH111

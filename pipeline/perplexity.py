@@ -1,0 +1,245 @@
+"""The perplexity of one model on one text: plan, workers, and one number from the files they leave."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import RunResult, metrics, provenance, store, tables
+from pipeline.cluster import ShardFailure, open_executor
+from pipeline.errors import IncompleteError
+from pipeline.memory import process_memory
+from pipeline.preflight import Prepared, prepared
+from pipeline.settings import PerplexitySettings
+from pipeline.tracking import Tracker, open_tracker
+from pipeline.worker import ShardResult
+
+if TYPE_CHECKING:
+    from pipeline.progress import Progress
+
+log = logging.getLogger(__name__)
+_NAMED_AT_MOST = 5
+
+HEADLINES = (
+    "ppl",
+    "ppl_stderr",
+    "ppl_stderr_clustered",
+    "nll_mean_nats",
+    "bits_per_byte",
+    "byte_ppl",
+    "word_ppl",
+    "nll_sha256",
+)
+"""Numbers of a finished run only; null in any other."""
+
+
+@dataclass
+class Scoring:
+    """What happened while workers ran."""
+
+    wall_s: float = 0.0
+    n_tokens: int = 0
+    ready: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[ShardFailure] = field(default_factory=list)
+
+
+def run(settings: PerplexitySettings, progress: Progress | None) -> RunResult:
+    """See `pipeline.evaluate`."""
+    started = time.perf_counter()
+    with prepared(settings) as ready:
+        if ready.settings.dry_run:
+            return _planned(ready, started)
+        tracker = open_tracker(ready.settings.tracking, Path(ready.settings.paths.results))
+        scoring = _score(ready, progress) if ready.todo else Scoring()
+        resident = ready.file.resident_bytes()
+    finished = store.finished_shards(Path(ready.spec.run_dir), ready.shards, ready.spec.run_key)
+    remarks = [remark for remark in finished.remarks if remark not in ready.warnings]
+    warnings = ready.warnings + remarks
+    missing = [shard for shard in ready.shards if shard not in finished.paths]
+    error = _incomplete(ready, missing, scoring.failures) if missing else None
+    summary = _blank(ready, started) | _figures(ready, scoring, resident)
+    summary |= {"shards_done": len(finished.paths), "shards_reused": len(ready.finished.paths)}
+    if error is None:
+        windows = store.read_windows(finished.paths)
+        summary |= metrics.perplexity({name: windows.column(name).to_numpy() for name in _SUMMED})
+        summary["n_tokens"] = int(windows.column("n_tokens").to_numpy().sum())
+    else:
+        summary |= {"ok": False, "exit_code": error.exit_code}
+        summary["error"] = {"type": error.kind, "message": str(error), "hint": error.hint}
+    summary["wall_s"] = time.perf_counter() - started
+    row = _commit_row(ready, summary, warnings)
+    summary["mlflow_run_id"] = _track(tracker, ready, summary, row, warnings)
+    summary["warnings"] = warnings
+    summary["wall_s"] = time.perf_counter() - started
+    return RunResult(summary, warnings, ready.spec.run_dir, int(summary["exit_code"]))
+
+
+_SUMMED = ("nll_sum_nats", "nll_sq_sum", "n_scored", "n_bytes", "n_words")
+
+
+def _score(ready: Prepared, progress: Progress | None) -> Scoring:
+    """Start workers, hand out the shards that are left, measure memory while all are alive, and stop them."""
+    scoring = Scoring()
+
+    def take(result: ShardResult) -> None:
+        scoring.n_tokens += result.n_tokens
+        if progress is not None:
+            progress.advance(result.n_windows, result.n_scored, result.nll_sum_nats, result.n_tokens)
+
+    executor = open_executor(_no_idle_workers(ready), ready.settings.engine)
+    n_done = sum(shard.n_windows for shard in ready.finished.paths)
+    try:
+        if progress is not None:
+            progress.start(ready.n_windows, n_done)
+            progress.note("starting workers")
+        scoring.ready = executor.start(ready.spec)
+        if progress is not None:
+            progress.note("scoring")
+        begun = time.perf_counter()
+        scoring.failures = executor.run(ready.todo, take)
+        scoring.wall_s = time.perf_counter() - begun
+        scoring.memory = executor.memory()
+        driver = process_memory(ready.spec.model_path)
+        scoring.memory.append({**driver, "driver": True})
+    finally:
+        executor.close()
+        if progress is not None:
+            progress.stop()
+    return scoring
+
+
+def _no_idle_workers(ready: Prepared) -> Any:
+    """A local cluster whose size was left open starts no more workers than there are shards to do."""
+    cluster = ready.settings.cluster
+    if cluster.kind != "local" or cluster.workers is not None:
+        return cluster
+    fitting = max(1, len(os.sched_getaffinity(0)) // (cluster.threads_per_worker or 1))
+    return replace(cluster, workers=min(fitting, len(ready.todo)))
+
+
+def _blank(ready: Prepared, started: float) -> dict[str, Any]:
+    """Every key of the contract's JSON, what is known at once filled in."""
+    import engine
+
+    return {
+        "job": "perplexity",
+        "ok": True,
+        "exit_code": 0,
+        "error": None,
+        "run_key": ready.spec.run_key,
+        "measure_key": ready.spec.columns["measure_key"],
+        "table": ready.spec.run_dir,
+        "mlflow_run_id": None,
+        "wall_s": time.perf_counter() - started,
+        "compile_s": None,
+        "load_s": None,
+        "version": provenance.version(),
+        "numerics": engine.NUMERICS,
+        "warnings": ready.warnings,
+        **dict.fromkeys(HEADLINES),
+        "n_windows": ready.n_windows,
+        "n_scored": None,
+        "n_tokens": None,
+        "n_tokens_text": int(ready.stream.tokens.size),
+        "tok_per_s": None,
+        "n_workers": None,
+        "shards_done": len(ready.finished.paths),
+        "shards_reused": len(ready.finished.paths),
+        "n_shards": len(ready.shards),
+        "windows_per_shard": ready.spec.windows_per_shard,
+        "model_sha256": ready.spec.model_sha256,
+        "data_sha256": ready.measure["data_sha256"],
+        "tokens_sha256": ready.measure["tokens_sha256"],
+        "model_resident_bytes": None,
+        "model_pss_sum_bytes": None,
+        "anonymous_bytes_max": None,
+    }
+
+
+def _planned(ready: Prepared, started: float) -> RunResult:
+    """A dry run's answer: the plan, and nothing started."""
+    s = ready.settings
+    cores = len(os.sched_getaffinity(0))
+    fitting = {"inline": 1, "local": max(1, cores // s.engine.threads)}.get(s.cluster.kind)
+    plan = {
+        "dry_run": True,
+        "n_tokens": ready.n_windows * s.protocol.window,
+        "n_workers": fitting if s.cluster.workers is None or s.cluster.kind == "inline" else s.cluster.workers,
+        "shards_todo": len(ready.todo),
+    }
+    return RunResult(_blank(ready, started) | plan, ready.warnings, ready.spec.run_dir, 0)
+
+
+def _figures(ready: Prepared, scoring: Scoring, resident: int) -> dict[str, Any]:
+    """Times and memory of the workers; null when none was needed."""
+    if not ready.todo:
+        return {"n_workers": 0}
+    workers = [entry for entry in scoring.memory if not entry.get("driver")]
+    mappers = {(entry.get("host"), entry["pid"]): entry for entry in scoring.memory}  # inline: the driver is the worker
+    return {
+        "n_workers": len(scoring.ready),
+        "compile_s": max((float(info["compile_s"]) for info in scoring.ready), default=None),
+        "load_s": max((float(info["load_s"]) for info in scoring.ready), default=None),
+        "tok_per_s": scoring.n_tokens / scoring.wall_s if scoring.n_tokens and scoring.wall_s > 0 else None,
+        "model_resident_bytes": resident,
+        "model_pss_sum_bytes": sum(int(entry["pss_bytes"]) for entry in mappers.values()) if workers else None,
+        "anonymous_bytes_max": max((int(entry["anonymous_bytes"]) for entry in workers), default=None),
+    }
+
+
+def _incomplete(ready: Prepared, missing: Sequence[Any], failures: Sequence[ShardFailure]) -> IncompleteError:
+    causes = {failure.shard: failure for failure in failures}
+    named = []
+    for shard in missing[:_NAMED_AT_MOST]:
+        failure = causes.get(shard)
+        why = "was not finished" if failure is None else f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
+        named.append(f"{shard.file_name}: {why}")
+    if len(missing) > _NAMED_AT_MOST:
+        named.append(f"and {len(missing) - _NAMED_AT_MOST} more")
+    return IncompleteError(
+        f"{len(missing)} of {len(ready.shards)} shards were set aside: " + "; ".join(named),
+        "finished shards are kept: remove the cause and run the same command again",
+    )
+
+
+def _commit_row(ready: Prepared, summary: dict[str, Any], warnings: list[str]) -> Path:
+    """The invocation's row of table=runs."""
+    s = ready.settings
+    now = datetime.datetime.now(datetime.UTC)
+    error = summary["error"]
+    known = {name: summary[name] for name in summary.keys() & set(tables.RUNS_SCHEMA.names)}
+    row = {
+        **known,
+        **ready.keys,
+        "finished_at": now,
+        "error": None if error is None else error["message"],
+        "warnings": warnings,
+        "model_path": s.model.path,
+        "data_name": s.data.name,
+        "data_path": s.data.path,
+        "host": socket.gethostname(),
+        "cluster": s.cluster.kind,
+        "cpu": provenance.cpu_model(),
+        "threads": s.engine.threads,
+        "batch_tokens": s.engine.batch_tokens,
+        "git_sha": provenance.git_sha(),
+        "versions": provenance.canonical_json(provenance.versions()),
+        "settings": provenance.canonical_json(asdict(s)),
+    }
+    folder = store.runs_folder(Path(s.paths.results), ready.spec.run_key)
+    path = folder / f"run-{now:%Y%m%dT%H%M%S.%fZ}.parquet"
+    store.commit(tables.table([row], tables.RUNS_SCHEMA), path, {"run_key": ready.spec.run_key})
+    return path
+
+
+def _track(tracker: Tracker, ready: Prepared, summary: dict[str, Any], row: Path, warnings: list[str]) -> str | None:
+    """Log the run to MLflow; whatever goes wrong there costs a warning."""
+    raise NotImplementedError

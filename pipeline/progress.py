@@ -1,0 +1,190 @@
+"""How a run shows that it is moving: a live bar on a terminal, a line now and then anywhere else; standard error only."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+LINE_EVERY_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """What a run tells while it works."""
+
+    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+        """Begin; windows that an earlier run finished count as done, with their sums where they are known."""
+        ...
+
+    def note(self, message: str) -> None:
+        """Say in a few words what is being waited for."""
+        ...
+
+    def advance(self, n_windows: int, n_scored: int, nll_sum: float, n_tokens: int) -> None:
+        """Add finished windows: targets scored, their summed NLL in nats, tokens put through the model."""
+        ...
+
+    def stop(self) -> None:
+        """End; may be called twice."""
+        ...
+
+
+class Tally:
+    """The figures every display shows, from sums."""
+
+    def __init__(self, total_windows: int, done_windows: int, n_scored: int, nll_sum: float) -> None:
+        self.total, self.done = total_windows, done_windows
+        self._n_scored, self._nll_sum = n_scored, nll_sum
+        self._n_new = self._n_tokens = 0
+        self._began = time.monotonic()
+
+    def add(self, n_windows: int, n_scored: int, nll_sum: float, n_tokens: int) -> None:
+        self.done += n_windows
+        self._n_new += n_windows
+        self._n_scored += n_scored
+        self._nll_sum += nll_sum
+        self._n_tokens += n_tokens
+
+    def perplexity(self) -> str:
+        """exp(NLL / targets) so far, or a dash."""
+        mean = self._nll_sum / self._n_scored if self._n_scored else math.inf
+        return f"{math.exp(mean):.4f}" if mean < 700 else "-"
+
+    def tokens_per_s(self) -> str:
+        """Tokens of this run over the time since it started, or a dash."""
+        return f"{self._n_tokens / max(time.monotonic() - self._began, 1e-9):.0f}" if self._n_tokens else "-"
+
+    def eta(self) -> str:
+        """Time left at the pace of this run, as m:ss or h:mm:ss, or a dash."""
+        if not self._n_new:
+            return "-"
+        left = round((time.monotonic() - self._began) / self._n_new * (self.total - self.done))
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        pass
+
+    def advance(self, n_windows: int, n_scored: int, nll_sum: float, n_tokens: int) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class LineProgress:
+    """A log line at most every `every_s` seconds, and one when the last window is done."""
+
+    def __init__(self, every_s: float = LINE_EVERY_S) -> None:
+        self._every_s = every_s
+        self._last = time.monotonic()
+        self._tally: Tally | None = None
+
+    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+        self._tally = Tally(total_windows, done_windows, n_scored, nll_sum)
+        self._last = time.monotonic()
+        log.info("%d windows to score%s", total_windows - done_windows, f", {done_windows} done before" if done_windows else "")
+
+    def note(self, message: str) -> None:
+        log.info("%s", message)
+
+    def advance(self, n_windows: int, n_scored: int, nll_sum: float, n_tokens: int) -> None:
+        tally = self._tally
+        if tally is None:
+            return
+        tally.add(n_windows, n_scored, nll_sum, n_tokens)
+        now = time.monotonic()
+        if now - self._last >= self._every_s or tally.done >= tally.total:
+            self._last = now
+            log.info(
+                "%d of %d windows, perplexity %s, %s tokens/s, %s left",
+                tally.done,
+                tally.total,
+                tally.perplexity(),
+                tally.tokens_per_s(),
+                tally.eta(),
+            )
+
+    def stop(self) -> None:
+        self._tally = None
+
+
+class BarProgress:
+    """A live bar on a terminal: windows, running perplexity, tokens/s, time left."""
+
+    def __init__(self, console: Any = None) -> None:
+        from rich.console import Console
+
+        self._console = console or Console(stderr=True)
+        self._tally: Tally | None = None
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+        self.stop()
+        self._tally = Tally(total_windows, done_windows, n_scored, nll_sum)
+        bar = self._display()
+        self._task = bar.add_task("", total=total_windows, completed=done_windows, note="scoring", **self._figures())
+
+    def note(self, message: str) -> None:
+        bar = self._display()
+        if self._task is None:
+            self._task = bar.add_task("", total=None, note=message, ppl="-", rate="-", eta="-")
+        else:
+            bar.update(self._task, note=message)
+
+    def advance(self, n_windows: int, n_scored: int, nll_sum: float, n_tokens: int) -> None:
+        if self._tally is None or self._bar is None or self._task is None:
+            return
+        self._tally.add(n_windows, n_scored, nll_sum, n_tokens)
+        self._bar.update(self._task, completed=self._tally.done, note="scoring", **self._figures())
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = self._tally = None
+
+    def _figures(self) -> dict[str, str]:
+        tally = self._tally
+        assert tally is not None, "figures are shown between start and stop"
+        return {"ppl": tally.perplexity(), "rate": tally.tokens_per_s(), "eta": tally.eta()}
+
+    def _display(self) -> RichProgress:
+        """The running display; standard output is left alone, standard error is written above the bar."""
+        if self._bar is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                SpinnerColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("windows · ppl {task.fields[ppl]} · {task.fields[rate]} tok/s · {task.fields[eta]} left"),
+                console=self._console,
+                redirect_stdout=False,
+                redirect_stderr=True,
+                transient=True,
+            )
+            self._bar.start()
+        return self._bar
+
+
+def make_progress() -> Progress:
+    """The live bar when standard error is a terminal, else log lines."""
+    return BarProgress() if sys.stderr.isatty() else LineProgress()

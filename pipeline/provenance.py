@@ -1,0 +1,130 @@
+"""What a number is of, and what made it: keys (contract.md 1), digests, versions.
+
+    measure   data, token stream, protocol with all its settings         -> measure_key: what was asked
+    subject   model, adapters, KV type, activation type, NUMERICS        -> subject_key: who was asked
+    run_key   both; rows are merged only within one
+
+A key is the first 16 hex digits of the SHA-256 of canonical JSON. Versions, host, CPU and threads are recorded beside
+the numbers and are in no key: they do not change a bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_RECORDED = ("numpy", "numba", "llvmlite", "pyarrow", "tokenizers", "ray", "hydra-core", "mlflow")
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, no spaces, ASCII, no NaN: equal values make equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def key_of(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def run_key(measure: Mapping[str, Any], subject: Mapping[str, Any]) -> str:
+    """The key under which rows may be merged."""
+    return key_of([dict(measure), dict(subject)])
+
+
+def subject_of(model_sha256: str, kv: str) -> dict[str, Any]:
+    """What is asked: the file's bytes and everything in the engine that can change a bit of its scores."""
+    import engine
+
+    return {
+        "model_sha256": model_sha256,
+        "adapters": "",
+        "kv_type": kv,
+        "activation_type": "f32",
+        "numerics": engine.NUMERICS,
+    }
+
+
+def file_sha256(path: Path, cache: Path) -> str:
+    """SHA-256 of a file's bytes, computed once per (path, size, mtime, inode) and kept in `cache/digests`.
+
+    A cache that cannot be written only costs the time to read the file again.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    identity = [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
+    kept = cache / "digests" / f"{key_of(identity)}.json"
+    try:
+        record = json.loads(kept.read_text())
+        if record["identity"] == identity:
+            return str(record["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    temporary = kept.with_name(f".{kept.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(canonical_json({"identity": identity, "sha256": digest}))
+        temporary.replace(kept)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return importlib.metadata.version("pagemill")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+uninstalled"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can matter to speed or bits, where installed."""
+    found = {"pagemill": version(), "python": platform.python_version()}
+    for name in _RECORDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_sha() -> str | None:
+    """Commit of the checkout that the package runs from, `+dirty` when files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(root), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5, check=True)
+    return done.stdout.strip()

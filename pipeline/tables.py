@@ -1,0 +1,116 @@
+"""Arrow schemas of the result tables, written down: a unit or a meaning in each field's metadata, never inferred.
+
+Both tables live in hive folders `run_key=<16 hex>`; the key is the folder's name and stands in each file's metadata,
+not in a column, because a reader of hive folders adds that column itself. Columns may be added, nullable; anything
+else is another `SCHEMA_VERSION` and another `v<n>/` folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_IDENTITY = {
+    "measure_key": (pa.string(), "16 hex digits of the measure"),
+    "subject_key": (pa.string(), "16 hex digits of the subject"),
+    "data_sha256": (pa.string(), "SHA-256 of the data's bytes"),
+    "tokens_sha256": (pa.string(), "SHA-256 of the token stream, int32 little-endian"),
+    "protocol": (pa.string(), "name of the scoring protocol"),
+    "protocol_version": (pa.int64(), "version of the scoring protocol"),
+    "protocol_window": (pa.int64(), "tokens"),
+    "protocol_limit": (pa.int64(), "windows; null: all"),
+    "protocol_bos_id": (pa.int64(), "token id that begins each window; null: none"),
+    "model_sha256": (pa.string(), "SHA-256 of the model file"),
+    "adapters": (pa.string(), "adapters applied, empty for none"),
+    "kv_type": (pa.string(), "number type of the key/value cache"),
+    "activation_type": (pa.string(), "number type of the activations"),
+    "numerics": (pa.int64(), "engine.NUMERICS"),
+}
+_MACHINE = {
+    "version": (pa.string(), "version of pagemill"),
+    "cpu": (pa.string(), "processor"),
+    "threads": (pa.int64(), "threads of a worker"),
+    "batch_tokens": (pa.int64(), "tokens"),
+}
+_WINDOWS = {
+    "window": (pa.int64(), "rank of the window in the run"),
+    "document": (pa.int64(), "rank of the document that holds the window's first token"),
+    "n_scored": (pa.int64(), "tokens"),
+    "nll_sum_nats": (pa.float64(), "nats"),
+    "nll_sq_sum": (pa.float64(), "nats^2"),
+    "n_bytes": (pa.int64(), "bytes of the scored tokens' text"),
+    "n_words": (pa.int64(), "words that begin in the scored tokens"),
+    "n_tokens": (pa.int64(), "tokens read"),
+    "first_token": (pa.int64(), "place in the token stream of the window's first token"),
+    "shard": (pa.int64(), "first window of the shard"),
+    "worker": (pa.string(), "host and process"),
+    "host": (pa.string(), "host name"),
+}
+_RUNS = {
+    "finished_at": (pa.timestamp("ns", tz="UTC"), "UTC"),
+    "ok": (pa.bool_(), "all shards finished"),
+    "exit_code": (pa.int64(), "0 done, 3 incomplete"),
+    "error": (pa.string(), "what is missing"),
+    "warnings": (pa.list_(pa.string()), "messages"),
+    "model_path": (pa.string(), "path"),
+    "data_name": (pa.string(), "name of the data set"),
+    "data_path": (pa.string(), "path or Python module"),
+    "ppl": (pa.float64(), "perplexity per token"),
+    "ppl_stderr": (pa.float64(), "one standard error, tokens independent"),
+    "ppl_stderr_clustered": (pa.float64(), "one standard error, clustered by window"),
+    "nll_mean_nats": (pa.float64(), "nats per token"),
+    "bits_per_byte": (pa.float64(), "bits per byte of the scored text"),
+    "byte_ppl": (pa.float64(), "perplexity per byte"),
+    "word_ppl": (pa.float64(), "perplexity per word"),
+    "n_windows": (pa.int64(), "windows"),
+    "n_scored": (pa.int64(), "tokens scored"),
+    "n_tokens": (pa.int64(), "tokens of all windows"),
+    "nll_sha256": (pa.string(), "SHA-256 of nll_sum_nats in window order"),
+    "tok_per_s": (pa.float64(), "tokens computed in this run per second of scoring"),
+    "wall_s": (pa.float64(), "seconds"),
+    "compile_s": (pa.float64(), "seconds, slowest worker"),
+    "load_s": (pa.float64(), "seconds, slowest worker"),
+    "n_workers": (pa.int64(), "processes that scored in this run"),
+    "windows_per_shard": (pa.int64(), "windows"),
+    "shards_done": (pa.int64(), "shards finished, reused ones included"),
+    "shards_reused": (pa.int64(), "shards finished before this run"),
+    "model_resident_bytes": (pa.int64(), "bytes of the model file in the page cache"),
+    "model_pss_sum_bytes": (pa.int64(), "bytes, proportional set size of the mapping over all processes"),
+    "anonymous_bytes_max": (pa.int64(), "bytes, largest worker"),
+    "host": (pa.string(), "host name of the driver"),
+    "cluster": (pa.string(), "kind of executor"),
+    "git_sha": (pa.string(), "commit of the checkout"),
+    "versions": (pa.string(), "JSON"),
+    "settings": (pa.string(), "JSON, resolved"),
+}
+
+
+def _schema(*groups: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
+    fields = [
+        pa.field(name, kind, metadata={"unit": unit}) for group in groups for name, (kind, unit) in group.items()
+    ]
+    return pa.schema(fields, metadata={"pagemill.schema_version": str(SCHEMA_VERSION)})
+
+
+WINDOWS_SCHEMA = _schema(_WINDOWS, _IDENTITY, _MACHINE)
+"""`table=windows`: a row per window."""
+
+RUNS_SCHEMA = _schema(_RUNS, _IDENTITY, _MACHINE)
+"""`table=runs`: a row per invocation that ended, complete or not."""
+
+
+def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows -> a table of that schema; a column that a row does not have is null.
+
+    Raises:
+        ValueError: a row has a column that the schema does not.
+    """
+    for row in rows:
+        if unknown := row.keys() - set(schema.names):
+            raise ValueError(f"columns that are not in the schema: {', '.join(sorted(unknown))}")
+    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+    return pa.table(columns, schema=schema)

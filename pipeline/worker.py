@@ -1,0 +1,260 @@
+"""What scores a shard: plain Python that runs in a loop, in a debugger or inside a Ray actor.
+
+A worker maps the model and the token stream, scores windows with the engine, and commits its shard's file itself.
+Ray imports this module before a worker's environment is set, so engine, Numba and Arrow are imported by `__init__`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ScoreError
+from pipeline.settings import EngineSettings, ProtocolSettings
+from pipeline.shards import Shard
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    import engine
+    from pipeline.windows import Window
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker is told: paths, digests to check them by, settings; no arrays.
+
+    Attributes:
+        tokens_path, counts_path: the token stream's two files (pipeline/tokens.py).
+        bos_id: the token that begins each window, None when the model adds none.
+        run_dir: folder of the run's shards.
+        cache_dir: `paths.cache`, for the model's digest and the lock of the first compilation.
+        columns: identity columns, the same in every row.
+    """
+
+    run_key: str
+    model_path: str
+    model_sha256: str
+    tokens_path: str
+    tokens_sha256: str
+    counts_path: str
+    bos_id: int | None
+    protocol: ProtocolSettings
+    engine: EngineSettings
+    windows_per_shard: int
+    run_dir: str
+    cache_dir: str
+    columns: Mapping[str, str | int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a worker tells of a shard it finished; the rows are in `path`.
+
+    `nll_sum_nats` is for the progress bar only. `committed` is False when another process had published the shard.
+    """
+
+    shard: Shard
+    n_windows: int
+    n_scored: int
+    n_tokens: int
+    nll_sum_nats: float
+    wall_s: float
+    worker: str
+    path: str
+    committed: bool
+
+
+class EvalWorker:
+    """Scores shards of one run with one model.
+
+    Raises (on construction):
+        ScoreError: this host has another model file or another token stream under the driver's paths.
+        EngineError, OSError: the model cannot be opened here.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        started = time.perf_counter()
+        import engine
+        from pipeline.provenance import cpu_model, file_sha256
+        from pipeline.tokens import open_stream
+        from pipeline.windows import open_protocol
+
+        self.spec = spec
+        self.host = socket.gethostname()
+        self.name = f"{self.host}:{os.getpid()}"
+        self.cpu = cpu_model()
+        cache = Path(spec.cache_dir)
+        _same(spec.model_path, "SHA-256", file_sha256(Path(spec.model_path), cache), spec.model_sha256, self.host)
+        self.stream = open_stream(Path(spec.tokens_path), Path(spec.counts_path))
+        _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
+        self.protocol = open_protocol(spec.protocol, spec.bos_id)
+        self.file = engine.open(spec.model_path)
+        queued = time.perf_counter()
+        with _first_compiles(cache / "locks"):
+            waited_s = time.perf_counter() - queued
+            self.compile_s = float(engine.warm_up(self.file))
+        self.model = engine.load_model(self.file, threads=spec.engine.threads, batch_tokens=spec.engine.batch_tokens)
+        window = spec.protocol.window
+        self.windows_per_call = max(1, min(spec.engine.batch_tokens // window, spec.windows_per_shard))
+        self.cache = self.model.new_cache(self.windows_per_call, window)
+        self.load_s = max(0.0, time.perf_counter() - started - waited_s - self.compile_s)
+
+    def ready(self) -> dict[str, Any]:
+        """Who this is and what starting cost; `load_s` has neither compiling nor waiting for it."""
+        return {
+            "host": self.host,
+            "pid": os.getpid(),
+            "load_s": self.load_s,
+            "compile_s": self.compile_s,
+            "threads": self.spec.engine.threads,
+            "cpu": self.cpu,
+        }
+
+    def run(self, shard: Shard) -> ShardResult:
+        """Score a shard's windows and publish its file; the first to publish wins.
+
+        Raises:
+            ScoreError: a negative log-likelihood is not finite; names window and position.
+            StorageFailure: the file cannot be written.
+        """
+        from pipeline import store
+        from pipeline.tables import WINDOWS_SCHEMA, table
+
+        started = time.perf_counter()
+        indices = range(shard.first_window, shard.first_window + shard.n_windows)
+        windows = [self.protocol.window(self.stream.tokens, index) for index in indices]
+        step = self.windows_per_call
+        scores = [nll for at in range(0, len(windows), step) for nll in self._score(windows[at : at + step])]
+        rows = [self._row(window, nll, shard) for window, nll in zip(windows, scores, strict=True)]
+        path = Path(self.spec.run_dir) / shard.file_name
+        committed = store.commit(table(rows, WINDOWS_SCHEMA), path, store.shard_meta(shard, self.spec.run_key))
+        return ShardResult(
+            shard=shard,
+            n_windows=len(windows),
+            n_scored=sum(row["n_scored"] for row in rows),
+            n_tokens=sum(row["n_tokens"] for row in rows),
+            nll_sum_nats=sum(row["nll_sum_nats"] for row in rows),
+            wall_s=time.perf_counter() - started,
+            worker=self.name,
+            path=str(path),
+            committed=committed,
+        )
+
+    def memory(self) -> dict[str, Any]:
+        """This process's memory, as `pipeline.memory` reads it from the kernel."""
+        from pipeline.memory import process_memory
+
+        return process_memory(self.spec.model_path)
+
+    def close(self) -> None:
+        """Give the mapping back; the worker cannot score any more."""
+        del self.model, self.cache
+        self.file.close()
+
+    def _score(self, windows: Sequence[Window]) -> list[npt.NDArray[np.float64]]:
+        """(n_scored,) float64 per window; windows of one call sit in slots 0, 1, ... of the cache."""
+        import numpy as np
+
+        self.cache.clear()
+        lengths = [window.tokens.size for window in windows]
+        nll = self._decode(
+            np.concatenate([window.tokens for window in windows]),
+            np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            np.repeat(np.arange(len(windows), dtype=np.int32), lengths),
+            np.concatenate([window.targets for window in windows]),
+        )
+        ends = np.cumsum([np.count_nonzero(window.targets >= 0) for window in windows])
+        if nll.size != ends[-1]:
+            raise ScoreError(f"the engine returned {nll.size} scores, expected {ends[-1]}; this is a bug of ours")
+        return np.split(nll, ends[:-1])
+
+    def _decode(self, *columns: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """One engine call, or several on the same cache when a window is longer than a batch may be."""
+        import engine
+        import numpy as np
+
+        limit = self.spec.engine.batch_tokens
+        pieces = []
+        for at in range(0, columns[0].size, limit):
+            tokens, positions, slots, targets = (column[at : at + limit] for column in columns)
+            pieces.append(self.model.nll(engine.Batch(tokens, positions, slots, targets=targets), self.cache))
+        return np.concatenate(pieces)
+
+    def _row(self, window: Window, nll: npt.NDArray[np.float64], shard: Shard) -> dict[str, Any]:
+        import numpy as np
+
+        from pipeline.metrics import window_sums
+
+        wrong = np.flatnonzero(~np.isfinite(nll))
+        if wrong.size:
+            position = int(np.flatnonzero(window.targets >= 0)[wrong[0]])
+            raise ScoreError(
+                f"window {window.index}: the negative log-likelihood at position {position} is {nll[wrong[0]]}, "
+                f"expected a finite number ({wrong.size} of {nll.size} are not)",
+                "the model's weights overflow or hold NaN; check the file's SHA-256 and how it was made",
+            )
+        total, squares = window_sums(nll)
+        n_bytes, n_words, _ = self.stream.counts[:, window.scored].sum(axis=1, dtype=np.int64).tolist()
+        return {
+            **self.spec.columns,
+            "window": window.index,
+            "document": int(self.stream.counts[2, window.first_token]),
+            "n_scored": int(nll.size),
+            "nll_sum_nats": total,
+            "nll_sq_sum": squares,
+            "n_bytes": n_bytes,
+            "n_words": n_words,
+            "n_tokens": int(window.tokens.size),
+            "first_token": window.first_token,
+            "shard": shard.id,
+            "worker": self.name,
+            "host": self.host,
+            "cpu": self.cpu,
+            "threads": self.spec.engine.threads,
+            "batch_tokens": self.spec.engine.batch_tokens,
+        }
+
+
+def _same(path: str, what: str, found: str, expected: str, host: str) -> None:
+    if found != expected:
+        raise ScoreError(
+            f"{path} on {host}: {what} is {found}, expected {expected} as the driver has it",
+            "every node needs the same file under that path; did it change while the run was going?",
+        )
+
+
+@contextmanager
+def _first_compiles(folder: Path) -> Iterator[None]:
+    """On each host one worker enters alone and compiles; the others wait for it, then enter together.
+
+    Kernels that several processes compile into one cache at once can crash later (numba #4807). An exclusive lock is
+    for whoever comes first; whoever finds it taken waits for a shared one, so warm starts do not queue.
+    """
+    path = folder / f"compile.{socket.gethostname()}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        log.warning("%s: no lock for the first compilation (%s)", path, error.strerror)
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
