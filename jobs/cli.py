@@ -15,7 +15,7 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from jobs.overrides import quote_paths
+from jobs.overrides import quote_paths, split_flags
 
 if TYPE_CHECKING:
     from jobs.failures import Failure
@@ -70,22 +70,24 @@ def execute(job: str, words: Sequence[str]) -> int:
     outcome.CURRENT = outcome.Outcome()
     with StdoutGuard() as stdout:
         failure = _attempt(job, words)
-        if failure is not None:
-            _tell(failure.message, failure.hint)
         line = outcome.CURRENT.line(job, failure)
+        if line["error"]:
+            _tell(line["error"]["message"], line["error"]["hint"])
         stdout.write_line(to_json(line))
     return int(line["exit_code"])
 
 
 def _attempt(job: str, words: Sequence[str]) -> Failure | None:
     from jobs import failures, outcome, schema
+    from pipeline.runtime import setup_logging
 
+    setup_logging()
     if job not in JOBS:
         hint = f"did you mean {schema.nearest(job, list(JOBS))}? (known: {', '.join(JOBS)})"
         return failures.Failure(failures.REFUSED, "UnknownJob", f"there is no job {job!r}", hint)
     try:
         with _interruptible(), _hydra_that_raises():
-            _call_hydra(job, quote_paths(words))
+            _call_hydra(job, words)
     except KeyboardInterrupt:
         return failures.from_interrupt()
     except SystemExit as stop:
@@ -118,7 +120,7 @@ def _talk(job: str, words: Sequence[str]) -> int:
         return failures.DONE
     try:
         with _hydra_that_raises():
-            _call_hydra(job, quote_paths(words))
+            _call_hydra(job, words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:
@@ -163,7 +165,8 @@ def _call_hydra(job: str, words: Sequence[str]) -> None:
     """Run a job's `@hydra.main` function on `words`; Hydra reads them from sys.argv."""
     main_of_job: Callable[[], None] = _module(job).main
     argv = sys.argv
-    sys.argv = [f"pagemill {job}", *words]
+    overrides, flags = split_flags(quote_paths(words))
+    sys.argv = [f"pagemill {job}", *overrides, *flags]
     try:
         main_of_job()
     finally:
@@ -204,7 +207,7 @@ def _say(text: str) -> None:
         sys.stdout.flush()
 
 
-def _tell(message: str, hint: str) -> None:
+def _tell(message: str, hint: str | None) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"pagemill: {message}\n" + (f"  hint: {hint}\n" if hint else ""))
         sys.stderr.flush()

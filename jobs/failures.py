@@ -76,9 +76,12 @@ def _from_composing(error: Exception, schema: type, words: Sequence[str]) -> Fai
 
 
 def _in_hydras_words(error: Exception) -> tuple[str, str]:
+    from hydra.errors import OverrideParseException
+
+    where = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = [line.strip() for line in str(error.__cause__ or "").splitlines() if line.strip()]
-    return ": ".join(lines[:1] + cause[:1]) or type(error).__name__, " ".join(lines[1:])
+    return where + ": ".join(lines[:1] + cause[:1]) or type(error).__name__, " ".join(lines[1:])
 
 
 def _from_os(error: OSError) -> Failure:

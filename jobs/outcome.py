@@ -52,12 +52,15 @@ class Outcome:
         """The composed config as the job's settings dataclass.
 
         Raises:
-            SettingsError: naming every required key that has no value.
+            SettingsError: naming a key that Hydra's `+` added, or every required key that has no value.
         """
         from omegaconf import OmegaConf
 
+        from jobs.schema import keys, nearest, unknown
         from pipeline.errors import SettingsError
 
+        for key in unknown(OmegaConf.to_container(cfg, resolve=False), schema):
+            raise SettingsError(f"unknown key {key}", f"did you mean {nearest(key, keys(schema))}?")
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise SettingsError(

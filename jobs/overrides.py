@@ -20,6 +20,10 @@ PATH_ENDINGS = ("path", "dir", "out")
 LITERAL_KEYS = ("tracking.uri",)
 """Not paths, but texts from outside as well; `~` stays."""
 
+_FLAGS_WITH_VALUE = (
+    *("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd"),
+    *("--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"),
+)
 _WORD = re.compile(r"(\+{0,2}[^=~+]+)=(.*)", re.DOTALL)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _SWEEP = re.compile(r"(?:choice|shuffle|sort)\(.*\)", re.DOTALL)
@@ -32,6 +36,15 @@ def quote_paths(words: Sequence[str]) -> list[str]:
     """
     sweeping = "--multirun" in words or "-m" in words
     return [_quote_word(word, sweeping) for word in words]
+
+
+def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides and Hydra's flags with their values, apart; argparse reads them mixed only in part."""
+    overrides, flags = [], []
+    for i, word in enumerate(words):
+        is_flag = word.startswith("-") or (i > 0 and words[i - 1] in _FLAGS_WITH_VALUE and "=" not in word)
+        (flags if is_flag else overrides).append(word)
+    return overrides, flags
 
 
 def is_path_key(key: str) -> bool:

@@ -59,7 +59,7 @@ def _lines(s: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         lines.append(("tokens/s", f"{s['tok_per_s']:,.1f}{workers}"))
     if told("shards_done") and s.get("shards_reused"):
-        lines.append(("shards", f"{s['shards_done']} computed, {s['shards_reused']} found finished"))
+        lines.append(("shards", f"{s['shards_done']}, of them finished before: {s['shards_reused']}"))
     if told("model_resident_bytes", "model_pss_sum_bytes"):
         lines.append(
             (

@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import conf
+from jobs.overrides import split_flags
 
 Settings = TypeVar("Settings")
 
@@ -41,6 +42,18 @@ def keys(schema: type) -> list[str]:
     return found
 
 
+def unknown(values: Any, schema: type, prefix: str = "") -> list[str]:
+    """Keys of nested dictionaries that a settings dataclass does not have."""
+    hints = get_type_hints(schema)
+    found = []
+    for name, value in values.items():
+        if name not in hints:
+            found.append(f"{prefix}{name}")
+        elif isinstance(value, dict) and dataclasses.is_dataclass(hints[name]):
+            found += unknown(value, hints[name], f"{prefix}{name}.")
+    return found
+
+
 def nearest(word: str, valid: Sequence[str]) -> str:
     """The valid name that is closest to `word`, whole or by its last part; there is always one."""
 
@@ -58,8 +71,8 @@ def explain(schema: type, words: Sequence[str]) -> tuple[str, str] | None:
     None when every word names something, and the fault lies elsewhere.
     """
     known_groups, known_keys = groups(), keys(schema)
-    for word in words:
-        if word.startswith(("-", "hydra")):
+    for word in split_flags(words)[0]:
+        if word.startswith("hydra"):
             continue
         name, equals, value = word.lstrip("+~").partition("=")
         name = name.partition("@")[0]

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,11 +23,9 @@ class StdoutGuard:
         self._real: int | None = None
 
     def __enter__(self) -> StdoutGuard:
+        _open_standard_streams()
         _flush()
-        try:
-            self._real = os.dup(1)
-        except OSError:  # started with standard output closed
-            self._real = None
+        self._real = os.dup(1)
         divert_stdout()
         return self
 
@@ -51,13 +50,9 @@ class StdoutGuard:
 
 
 def divert_stdout() -> None:
-    """Lead descriptor 1 to standard error, or nowhere when that is closed."""
+    """Lead descriptor 1 to standard error."""
     _flush()
-    try:
-        os.dup2(2, 1)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
+    os.dup2(2, 1)
 
 
 def to_json(summary: Mapping[str, Any]) -> str:
@@ -79,10 +74,21 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def _open_standard_streams() -> None:
+    """Open to nowhere what was closed when the process started: the next file would get its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))
+
+
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):  # a closed pipe, a closed file
             continue

@@ -29,7 +29,8 @@ class RunResult:
     """What a run hands back.
 
     Attributes:
-        summary: the JSON keys of contract.md 5, all present, None where unknown. `shards_done` counts every finished
+        summary: the JSON keys of contract.md 5, all present, None where unknown. `shards_done` counts every
+        finished
             shard of the run, `shards_reused` those of them that were finished before this invocation.
         warnings: messages for a person, also in the summary.
         table: folder of the run's window table.

@@ -1,7 +1,8 @@
-"""Texts by path, pinned by the SHA-256 of their bytes, and refused with a reason when they are not the right ones.
+"""Texts by path, pinned by the SHA-256 of their bytes, and refused with a reason when they are others.
 
-A plain text is taken as llama.cpp takes it (protocol.md 2.1): its bytes as they are, less exactly one newline at the
-very end. A JSONL file holds one document a line; the documents are joined by `data.join` into one text.
+A plain text is taken as llama.cpp takes it (protocol.md 2.1): its bytes as they are, less exactly one newline
+at the very end. A JSONL file holds one document a line; the documents are joined by `data.join` into one
+text.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from pipeline.errors import DataError
 from pipeline.settings import PYTHON_SOURCE, DataSettings
 
 WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-_SHAPES = {WIKITEXT2_SHA256: (1_290_590, 4_358, 1_467)}  # bytes, lines, blank lines of files often met in altered copies
+_SHAPES = {
+    WIKITEXT2_SHA256: (1_290_590, 4_358, 1_467)
+}  # bytes, lines, blank lines of files often met in altered copies
 
 
 @dataclass(frozen=True)
 class Text:
     """One text: documents in order, and where each begins.
 
-    `sha256` is of the source's bytes (the file, or the UTF-8 of a packaged text), before any newline is taken off.
-    `document_starts` are offsets in bytes of the text's UTF-8, the first is 0.
+    `sha256` is of the source's bytes (the file, or the UTF-8 of a packaged text), before any newline is taken
+    off. `document_starts` are offsets in bytes of the text's UTF-8, the first is 0.
     """
 
     text: str
@@ -38,7 +41,8 @@ def load_text(settings: DataSettings) -> Text:
     """Read, check and decode the data set that `data.*` names.
 
     Raises:
-        DataError: missing, unreadable or empty source; other bytes than `data.sha256` says; invalid UTF-8; a JSONL
+        DataError: missing, unreadable or empty source; other bytes than `data.sha256` says; invalid UTF-8; a
+        JSONL
             line that is broken or lacks the field.
     """
     raw = _packaged_text(settings.path) if settings.path.startswith(PYTHON_SOURCE) else _read(settings.path)
@@ -59,15 +63,21 @@ def _read(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file", "set data.path to a text file, or choose a data set by data=NAME") from None
+        raise DataError(
+            f"{path}: no such file", "set data.path to a text file, or choose a data set by data=NAME"
+        ) from None
     except IsADirectoryError:
-        raise DataError(f"{path}: is a folder, expected a text file", "give the file inside it as data.path") from None
+        raise DataError(
+            f"{path}: is a folder, expected a text file", "give the file inside it as data.path"
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}", "check the file's permissions") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}", "check the file's permissions"
+        ) from error
 
 
 def _packaged_text(path: str) -> bytes:
-    """`python:A.B` -> the mapping `B` of module `A.B`, its texts in key order with a blank line between, as UTF-8."""
+    """`python:A.B` -> the mapping `B` of module `A.B`: its texts in key order, blank lines between, UTF-8."""
     module = path.removeprefix(PYTHON_SOURCE)
     try:
         texts = getattr(importlib.import_module(module), module.rpartition(".")[2], None)
@@ -75,7 +85,7 @@ def _packaged_text(path: str) -> bytes:
         texts = None
     if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
         raise DataError(
-            f"{path}: this Python has no module {module!r} that holds a mapping of texts under its own last name",
+            f"{path}: this Python has no module {module!r} with a mapping of texts under its own last name",
             f"expected for example data.path={PYTHON_SOURCE}pydoc_data.topics, or a file",
         )
     return "\n".join(texts[key] for key in sorted(texts)).encode()
@@ -93,7 +103,8 @@ def _decode(path: str, raw: bytes) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = raw[error.start]
         raise DataError(
-            f"{path}: byte {error.start:,} (line {line:,}) is 0x{byte:02x}, which is not UTF-8: {error.reason}", hint
+            f"{path}: byte {error.start:,} (line {line:,}) is 0x{byte:02x}, not UTF-8: {error.reason}",
+            hint,
         ) from None
 
 
@@ -106,16 +117,26 @@ def _jsonl_documents(path: str, text: str, field: str) -> list[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{where} is not JSON: {error}", "data.format=jsonl wants one JSON object a line") from None
+            raise DataError(
+                f"{where} is not JSON: {error}", "data.format=jsonl wants one JSON object a line"
+            ) from None
         if not isinstance(record, dict):
-            raise DataError(f"{where} is a JSON {type(record).__name__}, expected an object", "see data.format")
+            raise DataError(
+                f"{where} is a JSON {type(record).__name__}, expected an object", "see data.format"
+            )
         if not isinstance(record.get(field), str):
-            found = "is no string" if field in record else f"is missing; it has {', '.join(map(repr, record)) or 'none'}"
+            found = (
+                "is no string"
+                if field in record
+                else f"is missing; it has {', '.join(map(repr, record)) or 'none'}"
+            )
             raise DataError(f"{where}: field {field!r} {found}", "name the text's field by data.field=NAME")
         try:
             record[field].encode()
         except UnicodeEncodeError:
-            raise DataError(f"{where}: field {field!r} holds half of a surrogate pair", "it is no text; fix it") from None
+            raise DataError(
+                f"{where}: field {field!r} holds half of a surrogate pair", "it is no text; fix it"
+            ) from None
         documents.append(record[field])
     return documents
 
@@ -146,7 +167,7 @@ def _mismatch(path: str, raw: bytes, expected: str, actual: str) -> DataError:
     usual = "; ".join(causes) or "it is another text, another split or another version"
     return DataError(
         f"{path}: SHA-256 is {actual}, expected {expected}: {usual}",
-        "perplexities of other bytes are not comparable: get the original file, or drop data.sha256 to score this one",
+        "other bytes give other perplexities: get the original file, or drop data.sha256 to score this one",
     )
 
 

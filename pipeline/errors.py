@@ -3,8 +3,8 @@
 PipelineError                4  base; a bug of ours when nothing below fits
 ├── RefusedError             2  nothing expensive was started, the user can act on it
 │   ├── SettingsError           a value, or two that contradict each other
-│   ├── ModelError              the model file is missing, broken or not supported (`kind` names the engine's error)
-│   ├── DataError               the text is missing, too short, badly encoded or not the one that was asked for
+│   ├── ModelError              the model is missing, broken or not supported; `kind`: engine's error
+│   ├── DataError               the text is missing, too short, badly encoded or not the one meant
 │   ├── StoreError              the results or the cache folder cannot be used
 │   └── ClusterUnreachable      no executor could be started
 └── IncompleteError          3  the run started; finished shards are kept

@@ -1,21 +1,21 @@
 """Sums over windows -> perplexity, its errors, bits per byte; the units are decided here.
 
-Let window g hold n_g scored tokens with negative log-likelihoods v (nats), S_g = sum of v, Q_g = sum of v*v, and let
-N, S, Q be the sums over the G windows. Everything is float64; sums are `math.fsum`, which is correctly rounded, so
-there is no order to fix.
+Let window g hold n_g scored tokens with negative log-likelihoods v (nats), S_g = sum of v, Q_g = sum of v*v,
+and let N, S, Q be the sums over the G windows. Everything is float64; sums are `math.fsum`, which is
+correctly rounded, so there is no order to fix.
 
     nll_mean_nats         m = S / N
     ppl                   exp(m)
-    ppl_stderr            exp(m) * sqrt((Q / N - m*m) / (N - 1))       llama.cpp's "+-": tokens as if independent
+    ppl_stderr            exp(m) * sqrt((Q / N - m*m) / (N - 1))    llama.cpp's "+-": tokens as if independent
     ppl_stderr_clustered  exp(m) * sqrt(G / (G - 1) * sum_g (S_g - m * n_g)^2) / N
     bits_per_byte         S / ln 2 / bytes of the scored tokens
     byte_ppl, word_ppl    exp(S / bytes), exp(S / words begun in the scored tokens)
 
-The clustered error lets the tokens of one window depend on each other in any way: it is the cluster-robust (CR1)
-standard error of the intercept in a regression of v on a constant, clusters = windows, and the delta method for exp.
-CR1's factor is G / (G - 1) * (N - 1) / (N - K) with K = 1 regressor, hence G / (G - 1).
-Source: Liang & Zeger 1986, https://doi.org/10.1093/biomet/73.1.13; tests/reference/perplexity.py has the matrix form.
-Both are one standard error, not a 95 % interval.
+The clustered error lets the tokens of one window depend on each other in any way: it is the cluster-robust
+(CR1) standard error of the intercept in a regression of v on a constant, clusters = windows, and the delta
+method for exp. CR1's factor is G / (G - 1) * (N - 1) / (N - K) with K = 1 regressor, hence G / (G - 1).
+Source: Liang & Zeger 1986, https://doi.org/10.1093/biomet/73.1.13; tests/reference/perplexity.py has the
+matrix form. Both are one standard error, not a 95 % interval.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def window_sums(nll: Floats) -> tuple[float, float]:
-    """Sum and sum of squares of one window's (n,) float64 negative log-likelihoods, each correctly rounded."""
+    """Sum and sum of squares of a window's (n,) float64 negative log-likelihoods, correctly rounded."""
     values = nll.tolist()
     return math.fsum(values), math.fsum(value * value for value in values)
 
@@ -46,12 +46,14 @@ def perplexity(windows: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """The headline numbers of a finished run.
 
     Args:
-        windows: columns of the window table, (G,) each and in window order: `nll_sum_nats`, `nll_sq_sum` float64,
+        windows: columns of the window table, (G,) each and in window order: `nll_sum_nats`, `nll_sq_sum`
+        float64,
             `n_scored`, `n_bytes`, `n_words` integers.
 
     Returns:
         the names above with `n_windows`, `n_scored` and `nll_sha256`; None where a figure is not defined (one
-        window has no clustered error, a text without words no word perplexity, a perplexity can be beyond float64).
+        window has no clustered error, a text without words no word perplexity, a perplexity can be beyond
+        float64).
     """
     sums = np.asarray(windows["nll_sum_nats"], np.float64)
     counts = np.asarray(windows["n_scored"], np.int64)
@@ -78,7 +80,7 @@ def perplexity(windows: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
 
 
 def clustered_stderr(sums: Floats, counts: npt.NDArray[np.int64]) -> float:
-    """Standard error of the ratio mean sum(sums) / sum(counts), clusters = entries; CR1, at least two entries."""
+    """Standard error of the mean sum(sums) / sum(counts), clusters = entries, at least two; CR1."""
     n_clusters, n = sums.size, int(counts.sum())
     mean = math.fsum(sums.tolist()) / n
     residuals = sums - mean * counts

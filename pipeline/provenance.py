@@ -4,8 +4,8 @@
     subject   model, adapters, KV type, activation type, NUMERICS        -> subject_key: who was asked
     run_key   both; rows are merged only within one
 
-A key is the first 16 hex digits of the SHA-256 of canonical JSON. Versions, host, CPU and threads are recorded beside
-the numbers and are in no key: they do not change a bit.
+A key is the first 16 hex digits of the SHA-256 of canonical JSON. Versions, host, CPU and threads are
+recorded beside the numbers and are in no key: they do not change a bit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import platform
 import subprocess
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def file_sha256(path: Path, cache: Path) -> str:
         temporary.write_text(canonical_json({"identity": identity, "sha256": digest}))
         temporary.replace(kept)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return digest
 
 
@@ -112,7 +114,7 @@ def cpu_model() -> str:
 
 
 def git_sha() -> str | None:
-    """Commit of the checkout that the package runs from, `+dirty` when files differ; None outside a checkout."""
+    """Commit of the checkout the package runs from, `+dirty` when files differ; None outside one."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -60,24 +60,34 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def prepare_local_ray() -> None:
-    """Set what a Ray of our own needs before `import ray`: loopback only, a token, no usage statistics.
+    """Set what a Ray of our own needs before `import ray`: silence, loopback only, a token.
 
-    Ray binds every port to all interfaces whatever address it is given; the switch meant for macOS and Windows is
-    the one that keeps it on 127.0.0.1. The token stops other users of this machine; given here it stays out of
-    `~/.ray`, where Ray would leave one that changes how later clusters of this user start.
+    Ray binds every port to all interfaces whatever address it is given; the switch meant for macOS and Windows
+    is what keeps it on 127.0.0.1. The token keeps other users of this machine out; given here it is not left in
+    `~/.ray`, where it would change how later clusters of this user start.
     """
+    _silence_ray()
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def prepare_remote_ray() -> None:
-    """Set what joining an existing cluster needs before `import ray`: an explicit authentication mode."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    """Set what joining an existing cluster needs before `import ray`: silence, an explicit authentication mode."""
+    _silence_ray()
     has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     has_token = has_token or (Path.home() / ".ray" / "auth_token").exists()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+
+
+def _silence_ray() -> None:
+    """Ray's driver prints what nodes report (a worker died, ...) to standard output, `log_to_driver` or not.
+
+    The filter for repeated lines is the one way to stop that; it is compiled when Ray is imported.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_DEDUP_LOGS"] = "1"
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."
 
 
 class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]

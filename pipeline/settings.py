@@ -1,8 +1,8 @@
 """What a user can set: plain dataclasses that are the Hydra schema, and every check between them.
 
-Hydra composes by assigning into the schema's own nodes. A frozen dataclass becomes a read-only node there (Hydra
-1.3.8 with OmegaConf 2.3.1: `ReadonlyConfigError raised while composing config`), so these are not frozen; nothing in
-the pipeline assigns to them, changes are made with `dataclasses.replace`.
+Hydra composes by assigning into the schema's own nodes. A frozen dataclass becomes a read-only node there
+(Hydra 1.3.8 with OmegaConf 2.3.1: `ReadonlyConfigError raised while composing config`), so these are not
+frozen; nothing in the pipeline assigns to them, changes are made with `dataclasses.replace`.
 """
 
 from __future__ import annotations
@@ -117,13 +117,18 @@ class PerplexitySettings:
         if problems:
             many = f"{len(problems)} settings cannot be used:\n  " if len(problems) > 1 else ""
             raise SettingsError(
-                many + "\n  ".join(problems), "correct them on the command line; `pagemill perplexity --help` lists all keys"
+                many + "\n  ".join(problems),
+                "correct them on the command line; `pagemill perplexity --help` lists all keys",
             )
         return _warnings(self)
 
     def resolved(self) -> PerplexitySettings:
         """A copy with `~` expanded, paths absolute, and the threads of a worker decided in one place."""
-        threads = self.engine.threads if self.cluster.threads_per_worker is None else self.cluster.threads_per_worker
+        threads = (
+            self.engine.threads
+            if self.cluster.threads_per_worker is None
+            else self.cluster.threads_per_worker
+        )
         return replace(
             self,
             model=replace(self.model, path=absolute(self.model.path)),
@@ -135,7 +140,7 @@ class PerplexitySettings:
 
 
 def absolute(path: str) -> str:
-    """`~` expanded and made absolute, without following links; a text inside a Python package is left as it is."""
+    """`~` expanded, absolute, links not followed; a text inside a Python package is left as it is."""
     return path if path.startswith(PYTHON_SOURCE) else str(Path(path).expanduser().absolute())
 
 
@@ -153,7 +158,9 @@ def _missing(s: PerplexitySettings) -> list[str]:
         "paths.cache": (s.paths.cache, "paths.cache=FOLDER"),
     }
     return [
-        f"{key} is not set; give {how}" for key, (value, how) in wanted.items() if not value.strip() or value == MISSING
+        f"{key} is not set; give {how}"
+        for key, (value, how) in wanted.items()
+        if not value.strip() or value == MISSING
     ]
 
 
@@ -165,7 +172,11 @@ def _names(s: PerplexitySettings) -> list[str]:
         ("cluster.kind", s.cluster.kind, CLUSTER_KINDS),
         ("tracking.kind", s.tracking.kind, TRACKING_KINDS),
     ]
-    problems = [f"{key}={value} is not known{nearest(value, valid)}" for key, value, valid in named if value not in valid]
+    problems = [
+        f"{key}={value} is not known{nearest(value, valid)}"
+        for key, value, valid in named
+        if value not in valid
+    ]
     if s.engine.kv in KV_TYPES and s.engine.kv not in KV_TYPES_COMPUTED:
         problems.append(f"engine.kv={s.engine.kv} is not computed by this version; use engine.kv=f32")
     if s.data.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", s.data.sha256):
@@ -194,7 +205,9 @@ def _numbers(s: PerplexitySettings) -> list[str]:
 def _contradictions(s: PerplexitySettings) -> list[str]:
     problems = []
     if s.tracking.kind == "server" and not (s.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
-        problems.append("tracking=server needs tracking.uri=http://HOST:PORT (or MLFLOW_TRACKING_URI in the environment)")
+        problems.append(
+            "tracking=server needs tracking.uri=http://HOST:PORT (or MLFLOW_TRACKING_URI in the environment)"
+        )
     if s.data.format == "jsonl" and not s.data.field:
         problems.append("data.format=jsonl needs data.field, the name of the text's field")
     if s.data.format == "jsonl" and s.data.path.startswith(PYTHON_SOURCE):
@@ -205,7 +218,9 @@ def _contradictions(s: PerplexitySettings) -> list[str]:
 def _warnings(s: PerplexitySettings) -> list[str]:
     warnings = []
     if s.cluster.address and s.cluster.kind != "ray":
-        warnings.append(f"cluster.address={s.cluster.address} is ignored: cluster.kind={s.cluster.kind}, not ray")
+        warnings.append(
+            f"cluster.address={s.cluster.address} is ignored: cluster.kind={s.cluster.kind}, not ray"
+        )
     if s.tracking.uri and s.tracking.kind == "none":
         warnings.append(f"tracking.uri={s.tracking.uri} is ignored: tracking.kind=none")
     if s.cluster.kind == "inline" and (s.cluster.workers or 1) > 1:

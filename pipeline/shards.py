@@ -35,7 +35,8 @@ def plan(n_windows: int, windows_per_shard: int) -> list[Shard]:
     if not 0 < n_windows < 10**8 or windows_per_shard < 1:
         raise ValueError(f"cannot cut {n_windows} windows into shards of {windows_per_shard}")
     return [
-        Shard(first, min(windows_per_shard, n_windows - first)) for first in range(0, n_windows, windows_per_shard)
+        Shard(first, min(windows_per_shard, n_windows - first))
+        for first in range(0, n_windows, windows_per_shard)
     ]
 
 

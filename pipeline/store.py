@@ -1,13 +1,14 @@
-"""Immutable files in hive folders (contract.md 3): how one is published, and which shards of a run are finished.
+"""Immutable files in hive folders (contract.md 3): how one is published, and which shards are finished.
 
-    <results>/v1/table=windows/run_key=<16 hex>/plan.json                 written at the first start, then only read
+    <results>/v1/table=windows/run_key=<16 hex>/plan.json       written at the first start, then only read
                                                /shard-<first window>.parquet
                 /table=runs/run_key=<16 hex>/run-<UTC time>.parquet
 
-A file is written under a name that begins with a dot, flushed to the disk, and linked to its own name: whoever links
-first wins, the other's copy is dropped, and what is published never changes. So a finished shard IS its file, there
-are no markers, and resuming is listing a folder. Listing opens each file: one that is broken is moved aside (to a dot
-name, so that the shard can be published again) and reported; one that does not belong is reported and left alone.
+A file is written under a name that begins with a dot, flushed to the disk, and linked to its own name:
+whoever links first wins, the other's copy is dropped, and what is published never changes. So a finished
+shard IS its file, there are no markers, and resuming is listing a folder. Listing opens each file: one that
+is broken is moved aside (to a dot name, so that the shard can be published again) and reported; one that does
+not belong is reported and left alone.
 """
 
 from __future__ import annotations
@@ -71,13 +72,16 @@ def probe(folder: Path, key: str) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise StoreError(
-            f"{key}: cannot write to {folder}: {error.strerror}", f"give a folder that can be written as {key}"
+            f"{key}: cannot write to {folder}: {error.strerror}",
+            f"give a folder that can be written as {key}",
         ) from error
     finally:
         with suppress(OSError):
             name.unlink(missing_ok=True)
     if free < _LEAST_FREE_BYTES:
-        raise StoreError(f"{key}: {folder} has {free:,} bytes free, expected {_LEAST_FREE_BYTES:,}", "make room there")
+        raise StoreError(
+            f"{key}: {folder} has {free:,} bytes free, expected {_LEAST_FREE_BYTES:,}", "make room there"
+        )
 
 
 def publish(final: Path, write: Callable[[BinaryIO], object]) -> bool:
@@ -108,14 +112,18 @@ def commit(table: pa.Table, final: Path, meta: Mapping[str, Any]) -> bool:
     Raises:
         StorageFailure: the disk is full, or the file cannot be written for another reason.
     """
-    tagged = table.replace_schema_metadata({**(table.schema.metadata or {}), _META: canonical_json(dict(meta))})
+    tagged = table.replace_schema_metadata(
+        {**(table.schema.metadata or {}), _META: canonical_json(dict(meta))}
+    )
     try:
         return publish(final, lambda file: pq.write_table(tagged, file, compression="zstd"))
     except OSError as error:
         full = error.errno in _FULL
         raise StorageFailure(
-            f"{final}: {'no space left on the device' if full else f'cannot be written: {error.strerror or error}'}",
-            f"{'make room' if full else 'repair the folder'} and run the same command again: finished shards are kept",
+            f"{final}: "
+            + ("no space left on the device" if full else f"cannot be written: {error.strerror or error}"),
+            ("make room" if full else "repair it")
+            + " and run the same command again: finished shards are kept",
         ) from error
 
 
@@ -130,7 +138,9 @@ def fix_plan(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     try:
         publish(folder / "plan.json", lambda file: file.write(text.encode()))
     except OSError as error:
-        raise StorageFailure(f"{folder / 'plan.json'}: cannot be written: {error.strerror}", "make room there") from error
+        raise StorageFailure(
+            f"{folder / 'plan.json'}: cannot be written: {error.strerror}", "make room there"
+        ) from error
     found = read_plan(folder, wanted)
     assert found is not None, "published a moment ago"
     return found
@@ -152,7 +162,9 @@ def read_plan(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: not a plan ({type(error).__name__}: {error})", _move(folder)) from error
     if not agrees or not isinstance(per_shard, int) or per_shard < 1:
-        raise StoreError(f"{path}: is the plan of another run or was edited, expected {wanted['run_key']}", _move(folder))
+        raise StoreError(
+            f"{path}: is the plan of another run or was edited, expected {wanted['run_key']}", _move(folder)
+        )
     return dict(found)
 
 
@@ -168,7 +180,9 @@ def finished_shards(folder: Path, shards: Sequence[Shard], run_key: str) -> Fini
     try:
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     except OSError as error:
-        raise StoreError(f"{folder}: cannot be listed: {error.strerror}", "check the folder's permissions") from error
+        raise StoreError(
+            f"{folder}: cannot be listed: {error.strerror}", "check the folder's permissions"
+        ) from error
     for name in names:
         if name.startswith(".") or name == "plan.json":
             continue
@@ -195,7 +209,9 @@ def read_windows(paths: Mapping[Shard, Path]) -> pa.Table:
         tables = [pq.read_table(paths[shard], partitioning=None) for shard in sorted(paths)]
         return pa.concat_tables([table.select(WINDOWS_SCHEMA.names) for table in tables])
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise StorageFailure(f"a finished shard cannot be read back: {error}", "run the same command again") from error
+        raise StorageFailure(
+            f"a finished shard cannot be read back: {error}", "run the same command again"
+        ) from error
 
 
 def shard_meta(shard: Shard, run_key: str) -> dict[str, Any]:
@@ -214,7 +230,9 @@ def _fault(path: Path, shard: Shard, run_key: str) -> str | None:
     except OSError as error:
         if error.errno is None:  # Arrow's own complaint about the content
             return f"is broken ({str(error).splitlines()[0]})"
-        raise StoreError(f"{path}: cannot be read: {error.strerror}", "check the disk and the permissions") from error
+        raise StoreError(
+            f"{path}: cannot be read: {error.strerror}", "check the disk and the permissions"
+        ) from error
     if meta != shard_meta(shard, run_key):
         return "is another run's or another plan's"
     if windows != list(range(shard.first_window, shard.first_window + shard.n_windows)):

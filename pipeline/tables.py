@@ -1,8 +1,8 @@
-"""Arrow schemas of the result tables, written down: a unit or a meaning in each field's metadata, never inferred.
+"""Arrow schemas of the result tables, written down: a unit or meaning in each field's metadata.
 
-Both tables live in hive folders `run_key=<16 hex>`; the key is the folder's name and stands in each file's metadata,
-not in a column, because a reader of hive folders adds that column itself. Columns may be added, nullable; anything
-else is another `SCHEMA_VERSION` and another `v<n>/` folder.
+Both tables live in hive folders `run_key=<16 hex>`; the key is the folder's name and stands in each file's
+metadata, not in a column, because a reader of hive folders adds that column itself. Columns may be added,
+nullable; anything else is another `SCHEMA_VERSION` and another `v<n>/` folder.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ _RUNS = {
 
 def _schema(*groups: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
     fields = [
-        pa.field(name, kind, metadata={"unit": unit}) for group in groups for name, (kind, unit) in group.items()
+        pa.field(name, kind, metadata={"unit": unit})
+        for group in groups
+        for name, (kind, unit) in group.items()
     ]
     return pa.schema(fields, metadata={"pagemill.schema_version": str(SCHEMA_VERSION)})
 

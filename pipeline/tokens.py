@@ -5,12 +5,12 @@ Two files per stream in `paths.cache/tokens`, both .npy:
     <key>.tokens.npy   (n,)   int32   the ids of one call on the whole text, BOS first when the model adds one
     <key>.counts.npy   (3, n) int32   of each token: bytes of its piece; words that begin in it; its document
 
-The key covers the text, its documents, the tokenizer's digest and the sources of the engine, so a corrected tokenizer
-never meets an old stream.
+The key covers the text, its documents, the tokenizer's digest and the sources of the engine, so a corrected
+tokenizer never meets an old stream.
 
-A word begins at a character that is not white space and whose predecessor in the stream's text is white space or
-nothing. It is counted in the token that holds the first byte of that character. So the words of consecutive tokens
-add up, and over the whole stream they are `len(text.split())`.
+A word begins at a character that is not white space and whose predecessor in the stream's text is white space
+or nothing. It is counted in the token that holds the first byte of that character. So the words of
+consecutive tokens add up, and over the whole stream they are `len(text.split())`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import importlib.metadata
 import inspect
 import logging
 import os
-import sys
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.int32]
 log = logging.getLogger(__name__)
-_WHITE_SPACE = np.array([point for point in range(0x3001) if chr(point).isspace()], np.uint32)  # there are none above
+_WHITE_SPACE = np.array(
+    [point for point in range(0x3001) if chr(point).isspace()], np.uint32
+)  # there are none above
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ def open_stream(tokens_path: Path, counts_path: Path) -> TokenStream:
         OSError, ValueError: a file is missing, cut short or not the array it should be.
     """
     tokens, counts = np.load(tokens_path, mmap_mode="r"), np.load(counts_path, mmap_mode="r")
-    if tokens.dtype != np.int32 or tokens.ndim != 1 or counts.dtype != np.int32 or counts.shape != (3, tokens.size):
+    if (
+        tokens.dtype != np.int32
+        or tokens.ndim != 1
+        or counts.dtype != np.int32
+        or counts.shape != (3, tokens.size)
+    ):
         raise ValueError(f"{tokens_path}: not a token stream")
     return TokenStream(tokens_path, counts_path, tokens_sha256(tokens), tokens, counts)
 
@@ -95,7 +102,8 @@ def token_stream(text: Text, tokenizer: engine.Tokenizer, cache: Path) -> TokenS
         _write(tokens_path, tokens)  # last: a stream is there when its tokens are
     except OSError as error:
         raise StoreError(
-            f"{tokens_path.parent}: cannot write the token cache: {error.strerror}", "give another folder as paths.cache"
+            f"{tokens_path.parent}: cannot write the token cache: {error.strerror}",
+            "give another folder as paths.cache",
         ) from error
     return open_stream(tokens_path, counts_path)
 
@@ -136,4 +144,5 @@ def _write(path: Path, array: Ids) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)  # a cache: the newest of equal files wins
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

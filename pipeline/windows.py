@@ -1,14 +1,14 @@
 """Tokens -> scoring windows: what every protocol has in common.
 
-A protocol says how many windows a token stream makes and, for each, what the model reads and which of its next
-tokens are scored. It is a pure function of the stream and its settings, so any worker can make any window. The
-definition of the number itself is the protocol's own file, `pipeline/protocols/<name>.py`.
+A protocol says how many windows a token stream makes and, for each, what the model reads and which of its
+next tokens are scored. It is a pure function of the stream and its settings, so any worker can make any
+window. The definition of the number itself is the protocol's own file, `pipeline/protocols/<name>.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,8 @@ class Window:
 class ScoringProtocol(Protocol):
     """A way of scoring a token stream."""
 
-    name: str
-    version: int
+    name: ClassVar[str]
+    version: ClassVar[int]
     """Raised when the same settings give other windows; part of the measure."""
 
     def n_windows(self, n_tokens: int) -> int:
@@ -63,7 +63,7 @@ class ScoringProtocol(Protocol):
 
 
 def open_protocol(settings: ProtocolSettings, bos_id: int | None) -> ScoringProtocol:
-    """The protocol of that name. `bos_id` is the token that begins a sequence, None when the model adds none."""
+    """The protocol of that name; `bos_id` begins a sequence, None when the model adds no BOS."""
     from pipeline.protocols.windows import Windows
 
     if settings.name != Windows.name:

@@ -1,7 +1,8 @@
 """What scores a shard: plain Python that runs in a loop, in a debugger or inside a Ray actor.
 
-A worker maps the model and the token stream, scores windows with the engine, and commits its shard's file itself.
-Ray imports this module before a worker's environment is set, so engine, Numba and Arrow are imported by `__init__`.
+A worker maps the model and the token stream, scores windows with the engine, and commits its shard's file
+itself. Ray imports this module before a worker's environment is set, so engine, Numba and Arrow are imported
+by `__init__`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    import engine
     from pipeline.windows import Window
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class WorkerSpec:
 class ShardResult:
     """What a worker tells of a shard it finished; the rows are in `path`.
 
-    `nll_sum_nats` is for the progress bar only. `committed` is False when another process had published the shard.
+    `nll_sum_nats` is for the progress bar only. `committed` is False when another process had published the
+    shard.
     """
 
     shard: Shard
@@ -96,7 +97,13 @@ class EvalWorker:
         self.name = f"{self.host}:{os.getpid()}"
         self.cpu = cpu_model()
         cache = Path(spec.cache_dir)
-        _same(spec.model_path, "SHA-256", file_sha256(Path(spec.model_path), cache), spec.model_sha256, self.host)
+        _same(
+            spec.model_path,
+            "SHA-256",
+            file_sha256(Path(spec.model_path), cache),
+            spec.model_sha256,
+            self.host,
+        )
         self.stream = open_stream(Path(spec.tokens_path), Path(spec.counts_path))
         _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
         self.protocol = open_protocol(spec.protocol, spec.bos_id)
@@ -105,7 +112,9 @@ class EvalWorker:
         with _first_compiles(cache / "locks"):
             waited_s = time.perf_counter() - queued
             self.compile_s = float(engine.warm_up(self.file))
-        self.model = engine.load_model(self.file, threads=spec.engine.threads, batch_tokens=spec.engine.batch_tokens)
+        self.model = engine.load_model(
+            self.file, threads=spec.engine.threads, batch_tokens=spec.engine.batch_tokens
+        )
         window = spec.protocol.window
         self.windows_per_call = max(1, min(spec.engine.batch_tokens // window, spec.windows_per_shard))
         self.cache = self.model.new_cache(self.windows_per_call, window)
@@ -139,7 +148,9 @@ class EvalWorker:
         scores = [nll for at in range(0, len(windows), step) for nll in self._score(windows[at : at + step])]
         rows = [self._row(window, nll, shard) for window, nll in zip(windows, scores, strict=True)]
         path = Path(self.spec.run_dir) / shard.file_name
-        committed = store.commit(table(rows, WINDOWS_SCHEMA), path, store.shard_meta(shard, self.spec.run_key))
+        committed = store.commit(
+            table(rows, WINDOWS_SCHEMA), path, store.shard_meta(shard, self.spec.run_key)
+        )
         return ShardResult(
             shard=shard,
             n_windows=len(windows),
@@ -177,13 +188,16 @@ class EvalWorker:
         )
         ends = np.cumsum([np.count_nonzero(window.targets >= 0) for window in windows])
         if nll.size != ends[-1]:
-            raise ScoreError(f"the engine returned {nll.size} scores, expected {ends[-1]}; this is a bug of ours")
+            raise ScoreError(
+                f"the engine returned {nll.size} scores, expected {ends[-1]}; this is a bug of ours"
+            )
         return np.split(nll, ends[:-1])
 
     def _decode(self, *columns: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """One engine call, or several on the same cache when a window is longer than a batch may be."""
-        import engine
         import numpy as np
+
+        import engine
 
         limit = self.spec.engine.batch_tokens
         pieces = []
@@ -201,7 +215,7 @@ class EvalWorker:
         if wrong.size:
             position = int(np.flatnonzero(window.targets >= 0)[wrong[0]])
             raise ScoreError(
-                f"window {window.index}: the negative log-likelihood at position {position} is {nll[wrong[0]]}, "
+                f"window {window.index}: negative log-likelihood at position {position} is {nll[wrong[0]]}, "
                 f"expected a finite number ({wrong.size} of {nll.size} are not)",
                 "the model's weights overflow or hold NaN; check the file's SHA-256 and how it was made",
             )
@@ -239,8 +253,9 @@ def _same(path: str, what: str, found: str, expected: str, host: str) -> None:
 def _first_compiles(folder: Path) -> Iterator[None]:
     """On each host one worker enters alone and compiles; the others wait for it, then enter together.
 
-    Kernels that several processes compile into one cache at once can crash later (numba #4807). An exclusive lock is
-    for whoever comes first; whoever finds it taken waits for a shared one, so warm starts do not queue.
+    Kernels that several processes compile into one cache at once can crash later (numba #4807). An exclusive
+    lock is for whoever comes first; whoever finds it taken waits for a shared one, so warm starts do not
+    queue.
     """
     path = folder / f"compile.{socket.gethostname()}.lock"
     try:

@@ -290,8 +290,8 @@ def byte_level_vocabulary(size: int, seed: int = 0) -> dict[str, Any]:
     pairs = [tuple(pair.split(" ")) for pair in common.split("|")]
     rng = np.random.default_rng(seed)
     while len(tokens) < size:
-        left, right = pairs.pop(0) if pairs else (pool[i] for i in rng.integers(0, len(pool), 2))
-        if left + right in tokens or len(left + right) > 16:
+        left, right = pairs.pop(0) if pairs else (pool[rng.integers(len(pool))], pool[rng.integers(27)])
+        if left + right in tokens:
             continue
         tokens[left + right] = None
         pool.append(left + right)

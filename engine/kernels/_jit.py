@@ -90,9 +90,13 @@ class _Cache(FunctionCache):
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compiles a kernel on its first call: no GIL, no fast-math, division as NumPy does it, cached on disk."""
+    """Compiles a kernel on its first call: no GIL, no fast-math, division as NumPy does it.
+
+    The machine code of the engine's own kernels is kept on disk; a kernel written elsewhere (a test's) is not.
+    """
     dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-    if cache_dir() is not None and not numba.config.DISABLE_JIT:
+    ours = _ENGINE in Path(function.__code__.co_filename).resolve().parents
+    if ours and cache_dir() is not None and not numba.config.DISABLE_JIT:
         dispatcher._cache = _Cache(dispatcher.py_func)
     return dispatcher
 

@@ -70,7 +70,12 @@ def exp64(x):
 
 @kernel
 def log64(x):
-    """float64 natural logarithm of a positive normal number: x = 2**e (1 + f), log(1 + f) = 2 atanh(f / (2 + f))."""
+    """float64 natural logarithm of a positive normal number; NaN and infinity as they are.
+
+    x = 2**e (1 + f), log(1 + f) = 2 atanh(f / (2 + f)).
+    """
+    if not x < np.inf:
+        return x
     bits = f64_to_bits(x)
     e = np.int64(bits >> np.uint64(52)) - 1023
     m = bits_to_f64((bits & np.uint64(0x000FFFFFFFFFFFFF)) | np.uint64(0x3FF0000000000000))

@@ -8,9 +8,9 @@ Every decoder is `decode(data, first_block, n_blocks, out)`:
     n_blocks      blocks to decode, 0 or more
     out           float32, C-contiguous: weight j of the range goes to out[j], what lies beyond is left alone
 
-It writes the numbers that `gguf.quants.dequantize` gives, bit by bit. Nothing checks bounds: the caller sees to it
-that the blocks exist and fit. Serial and without the GIL; call it from Python or from another kernel. Any other
-dtype, layout or writability of the arrays would compile a second version.
+It writes the numbers that `gguf.quants.dequantize` gives, bit by bit. Nothing checks bounds: the caller sees
+to it that the blocks exist and fit. Serial and without the GIL; call it from Python or from another kernel.
+Any other dtype, layout or writability of the arrays would compile a second version.
 
 Decoders are imported, and compiled, one by one when asked for: a file of one type pays for one kernel.
 """
@@ -75,7 +75,7 @@ def dequantize(data: npt.NDArray[Any], type_name: str, n_elements: int) -> npt.N
         raise TypeError(f"{type_name} data must be uint8, not {data.dtype}; pass array.view(numpy.uint8)")
     if data.ndim != 1 or not data.flags.c_contiguous:
         raise ValueError(
-            f"{type_name} data must be one contiguous run of bytes, not shape {data.shape}, strides {data.strides}"
+            f"{type_name} data must be one contiguous run, not shape {data.shape}, strides {data.strides}"
         )
     n_blocks, rest = divmod(n_elements, kind.block_size)
     if n_elements < 0 or rest:

@@ -1,8 +1,9 @@
 """Reading the fields of a quantized block, in the integer widths of the format.
 
-Numba computes small integers in 64 bits and lets a negative index count from the end. Left alone, both fill the
-decoders' inner loops with conversions and selects, at up to twice their cost; so indices are cast to unsigned and
-bit fields are cut back to a byte before they become floats, which lets LLVM keep them in byte lanes.
+Numba computes small integers in 64 bits and lets a negative index count from the end. Left alone, both fill
+the decoders' inner loops with conversions and selects, at up to twice their cost; so indices are cast to
+unsigned and bit fields are cut back to a byte before they become floats, which lets LLVM keep them in byte
+lanes.
 """
 
 from __future__ import annotations
@@ -49,5 +50,5 @@ def signed(field):
 
 @kernel
 def field_if(bits, mask, value):
-    """`value` where the byte `bits` has the bit of `mask`, else 0; keeps to byte lanes, as a shift does not."""
+    """`value` where the byte `bits` has the bit of `mask`, else 0; a shift would leave byte lanes."""
     return np.uint8(value) if np.uint8(bits & mask) != np.uint8(0) else np.uint8(0)

@@ -2,18 +2,19 @@
 
 Offsets in bytes; d and dmin are IEEE halves, little-endian. s is the sub-block of the weight:
 
-    Q2_K   84 B   scales 0..15   qs 16..79   d 80..81   dmin 82..83            w = d * sc[s] * q - dmin * mn[s]
-    Q3_K  110 B   hmask 0..31   qs 32..95   scales 96..107   d 108..109        w = d * (sc[s] - 32) * (q - 4)
-    Q4_K  144 B   d 0..1   dmin 2..3   scales 4..15   qs 16..143               w = d * sc[s] * q - dmin * mn[s]
-    Q5_K  176 B   d 0..1   dmin 2..3   scales 4..15   qh 16..47   qs 48..175   w = d * sc[s] * q - dmin * mn[s]
-    Q6_K  210 B   ql 0..127   qh 128..191   scales 192..207   d 208..209       w = d * sc[s] * (q - 32)
+    Q2_K   84 B   scales 0..15   qs 16..79   d 80..81   dmin 82..83          w = d * sc[s] * q - dmin * mn[s]
+    Q3_K  110 B   hmask 0..31   qs 32..95   scales 96..107   d 108..109      w = d * (sc[s] - 32) * (q - 4)
+    Q4_K  144 B   d 0..1   dmin 2..3   scales 4..15   qs 16..143             w = d * sc[s] * q - dmin * mn[s]
+    Q5_K  176 B   d 0..1   dmin 2..3   scales 4..15   qh 16..47   qs 48..175 w = d * sc[s] * q - dmin * mn[s]
+    Q6_K  210 B   ql 0..127   qh 128..191   scales 192..207   d 208..209     w = d * sc[s] * (q - 32)
 
-Sub-blocks are 16 weights in Q2_K, Q3_K and Q6_K, 32 in Q4_K and Q5_K; the scales of Q6_K are signed bytes. Products
-are exact in float32 (11 bits of a half, 7 of a scale and 5 of a weight at most), so the subtraction is the one rounding
-and every order of operations gives the bits of `gguf.quants`. All decoders share one signature, see `engine.quants`.
+Sub-blocks are 16 weights in Q2_K, Q3_K and Q6_K, 32 in Q4_K and Q5_K; the scales of Q6_K are signed bytes.
+Products are exact in float32 (11 bits of a half, 7 of a scale and 5 of a weight at most), so the subtraction
+is the one rounding and every order of operations gives the bits of `gguf.quants`. All decoders share one
+signature, see `engine.quants`.
 
-Inner loops run over 16 or 32 bytes and write each bit field of a byte to its own contiguous run of weights, so that
-LLVM vectorizes them; what differs between the runs (scales, masks) is hoisted.
+Inner loops run over 16 or 32 bytes and write each bit field of a byte to its own contiguous run of weights,
+so that LLVM vectorizes them; what differs between the runs (scales, masks) is hoisted.
 """
 
 from __future__ import annotations

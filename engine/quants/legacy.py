@@ -1,4 +1,4 @@
-"""Decoders of llama.cpp's first formats: blocks of 32 weights with a scale (`_0`) or scale and minimum (`_1`).
+"""Decoders of ggml's first formats: blocks of 32 weights with a scale (`_0`) or scale and minimum (`_1`).
 
 Offsets in bytes; d and m are IEEE halves, little-endian:
 
@@ -11,10 +11,10 @@ Offsets in bytes; d and m are IEEE halves, little-endian:
     qs, byte i:            7......4 3......0      qh, a 32-bit word: bit j is bit 4 of weight j
     low bits of weight:      i + 16     i
 
-So the low nibbles of 16 bytes are weights 0..15, the high ones 16..31, and both runs are written contiguously.
+So the low nibbles of 16 bytes are weights 0..15, the high ones 16..31, and each run is contiguous.
 
-Products are exact (11 bits of a half times 8 at most), so the sum is the one rounding and every order of operations
-gives the bits of `gguf.quants`. All decoders share one signature, see `engine.quants`.
+Products are exact (11 bits of a half times 8 at most), so the sum is the one rounding and every order of
+operations gives the bits of `gguf.quants`. All decoders share one signature, see `engine.quants`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ import numpy as np
 from engine.kernels._jit import kernel
 from engine.quants._fields import byte_at, half_at, signed, unsigned, word_at
 
-_BIT = np.uint32(1) << np.arange(
-    32, dtype=np.uint32
-)  # looked up: a shift by a variable would take 64-bit lanes
+# Looked up in the loops: a shift by a variable would take 64-bit lanes.
+_BIT = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 @kernel
 def _opaque(width, out):
     """`width` in a form that LLVM cannot prove constant.
 
-    LLVM unrolls a short loop of constant length before it vectorizes, and then cannot move loads of `data` past
-    stores to `out`: scalar code, 4 times slower. The minimum is always `width`, since `out` holds a block.
+    LLVM unrolls a short loop of constant length before it vectorizes, and then cannot move loads of `data`
+    past stores to `out`: scalar code, 4 times slower. `out` holds a block, so it is never shorter.
     """
     return min(width, out.size)
 

@@ -1,20 +1,20 @@
 """Protocol `windows`: the perplexity that llama.cpp computes (protocol.md 2.2).
 
-The whole text is tokenized in one call and cut into windows of `window` tokens that do not overlap; the tail is
-dropped. Each window is read from an empty cache. The first half is context only; every token after `window // 2` is
-predicted once. When the model adds a BOS, it REPLACES the first token of each window on the way in; targets are the
-stream's own tokens. So nothing before a window's second half is scored, and a scored token has between
-`window // 2 + 1` and `window - 1` tokens before it.
+The whole text is tokenized in one call and cut into windows of `window` tokens that do not overlap; the tail
+is dropped. Each window is read from an empty cache. The first half is context only; every token after `window
+// 2` is predicted once. When the model adds a BOS, it REPLACES the first token of each window on the way in;
+targets are the stream's own tokens. So nothing before a window's second half is scored, and a scored token
+has between `window // 2 + 1` and `window - 1` tokens before it.
 
 Ten tokens a..j, window = 5, with BOS (`^`); first = 5 // 2 = 2:
 
-    stream     a b c d e | f g h i j          a is itself the BOS of the text
+    stream     a b c d e | f g h i j          a is itself the text's BOS
     read       ^ b c d e | ^ g h i j          positions 0 1 2 3 4 of two windows
-    predicts   . . d e . | . . i j .          position p predicts the token at p + 1, for p in first .. window - 2
+    predicts   . . d e . | . . i j .          p predicts the token at p + 1, for p in first .. window - 2
     scored           d e         i j          places first + 1 .. window - 1 of each window; 2 of 5 tokens
 
-What moves the number: the window, the BOS, the one call on the whole text (documents are joined before), the trailing
-newline (datasets.py), `limit`. All are in the run key or in the token stream's digest.
+What moves the number: the window, the BOS, the one call on the whole text (documents are joined before), the
+trailing newline (datasets.py), `limit`. All are in the run key or in the token stream's digest.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class Windows:
             DataError: fewer than two windows' tokens, as llama.cpp refuses.
         """
         if n_tokens < 2 * self.size:
+            shorter = f", or protocol.window={n_tokens // 2} or less" if n_tokens >= 6 else ""
             raise DataError(
-                f"the text has {n_tokens:,} tokens, expected at least {2 * self.size:,} (two windows of {self.size:,})",
-                f"use a longer text, or protocol.window={n_tokens // 2} or less" if n_tokens >= 6 else "use a longer text",
+                f"the text has {n_tokens:,} tokens, expected at least {2 * self.size:,}, two windows",
+                f"use a longer text{shorter}",
             )
         whole = n_tokens // self.size
         return whole if self.limit is None else min(whole, self.limit)

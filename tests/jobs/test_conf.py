@@ -1,0 +1,74 @@
+"""conf/ is data that always composes, and says nothing that the schema does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+import conf
+from jobs import perplexity, schema, usage
+from pipeline.settings import PerplexitySettings
+
+ROOT = Path(conf.__path__[0])
+CHOICES = [(group, option) for group, options in schema.groups().items() for option in options]
+
+
+def composed(*words: str) -> DictConfig:
+    assert perplexity.SCHEMA is PerplexitySettings
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("perplexity", overrides=list(words))
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_every_config_composes(group: str, option: str) -> None:
+    cfg = composed(f"{group}={option}", "model.path=m.gguf", "data.path=t.txt")
+    settings = OmegaConf.to_object(cfg)
+    assert isinstance(settings, PerplexitySettings)
+    settings.tracking.uri = settings.tracking.uri or "http://127.0.0.1:5000"
+    settings.validate()
+
+
+def test_the_default_choices_are_the_schemas_defaults() -> None:
+    assert composed() == OmegaConf.structured(PerplexitySettings)
+
+
+@pytest.mark.parametrize("group", ["data", "cluster", "tracking", "protocol"])
+def test_switching_a_choice_leaves_nothing_of_the_one_before(group: str) -> None:
+    for option in schema.groups()[group]:
+        once = composed(f"{group}={option}")
+        own = {key for key in OmegaConf.load(ROOT / group / f"{option}.yaml")}
+        defaults = OmegaConf.structured(PerplexitySettings)[group]
+        for key in set(once[group]) - own:
+            assert once[group]._get_node(key) == defaults._get_node(key)
+
+
+def test_wikitext2_is_pinned_to_the_official_bytes() -> None:
+    digest = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+    assert composed("data=wikitext2").data.sha256 == digest
+
+
+def test_the_demo_is_six_windows_for_two_workers() -> None:
+    cfg = composed("experiment=demo")
+    assert (cfg.protocol.limit, cfg.protocol.window, cfg.cluster.workers) == (6, 512, 2)
+    assert not OmegaConf.missing_keys(cfg)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.yaml")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_file_opens_with_the_command_that_uses_it(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if line != "# @package _global_"]
+    assert lines[0].startswith(("# pagemill ", "# make model && pagemill "))
+    if file.parent != ROOT:
+        assert lines[1].startswith("# "), "the second line says what it is; --help shows it"
+        assert len(lines[1]) < 80
+
+
+def test_help_names_every_choice_and_every_key() -> None:
+    page = usage.text("perplexity")
+    for _, option in CHOICES:
+        assert f" {option} " in page
+    for key in schema.keys(PerplexitySettings):
+        assert f"  {key}=" in page
+    assert max(map(len, page.splitlines())) <= 110
