@@ -152,7 +152,8 @@ def _top_level(words: Sequence[str]) -> int:
             "query=bash": lambda: completion.query(JOBS, lambda job: _module(job).main),
         }
         if len(words) == 2 and words[1] in answers:
-            _say("\n".join(answers[words[1]]()))
+            for line in answers[words[1]]():
+                _say(line)
             return 0
     return execute(word, words[1:])
 

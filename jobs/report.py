@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 MB = 1e6
+NARROW = 50
+"""Columns below which two of them side by side would cut figures in half."""
 
 
 def show(summary: Mapping[str, Any], results: Path | None, console: Console | None = None) -> None:
@@ -26,7 +28,10 @@ def show(summary: Mapping[str, Any], results: Path | None, console: Console | No
     """
     console = console or Console(stderr=True, highlight=False)
     lines = _lines(summary)
-    if lines:
+    if console.width < NARROW:
+        for label, text in lines:
+            console.print(f"[bold]{label.strip()}[/bold] {escape(text)}")
+    elif lines:
         table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
         table.add_column(style="bold", overflow="fold")
         table.add_column(overflow="fold")

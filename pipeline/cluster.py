@@ -1,8 +1,8 @@
 """Where workers live: in this process, on a Ray of our own, or on an existing cluster. The one door to Ray.
 
-Ray's helper processes are tied to the *thread* that started them (PR_SET_PDEATHSIG): they end with a driver that is
-killed, and `RayExecutor.start` must not run in a thread that ends before the work does. Workers are ordinary actors,
-never detached, so they end with their driver on any cluster.
+Ray's helper processes are tied to the *thread* that started them (PR_SET_PDEATHSIG): they end with a driver
+that is killed, and `RayExecutor.start` must not run in a thread that ends before the work does. Workers are
+ordinary actors, never detached, so they end with their driver on any cluster.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class RayExecutor:
             self._join()
             variables = worker_env(self._threads)
             nodes = [node for node in self._ray.nodes() if node["Alive"]]
-            capacity = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) // self._threads for node in nodes}
+            capacity = {
+                node["NodeID"]: int(node["Resources"].get("CPU", 0)) // self._threads for node in nodes
+            }
         places = spread(capacity, self._settings.workers)
         if not places:
             raise ClusterUnreachable(
@@ -74,7 +76,9 @@ class RayExecutor:
                 "lower cluster.threads_per_worker",
             )
         if len(places) < (self._settings.workers or 0):
-            log.warning("cluster.workers=%d, but only %d fit on the cluster", self._settings.workers, len(places))
+            log.warning(
+                "cluster.workers=%d, but only %d fit on the cluster", self._settings.workers, len(places)
+            )
         self._pool = Pool(self._ray, self._factory, spec, self._threads, variables)
         infos = self._pool.start(places)
         self.n_workers = len(infos)
@@ -91,7 +95,9 @@ class RayExecutor:
     def close(self) -> None:
         ray, pool, self._ray, self._pool = self._ray, self._pool, None, None
         if ray is not None:
-            if pool is not None and self._settings.kind == "ray":  # a Ray of our own ends with all its processes
+            if (
+                pool is not None and self._settings.kind == "ray"
+            ):  # a Ray of our own ends with all its processes
                 pool.kill()
             ray.shutdown()
         if self._temp_dir is not None:
@@ -112,8 +118,9 @@ class RayExecutor:
         prepare_local_ray()
         folder = tempfile.gettempdir()
         self._temp_dir = tempfile.mkdtemp(prefix="pm", dir=folder if len(folder) <= _LONGEST_TEMP else "/tmp")
-        # Workers inherit this process's environment. Given as `runtime_env` instead, Ray throws away the processes it
-        # has already started and starts others: 1.0 s more (median of 3 on two idle cores, 1.3 s against 0.35 s).
+        # Workers inherit this process's environment. Given as `runtime_env` instead, Ray throws away the
+        # processes it has already started and starts others: 1.0 s more (median of 3 on two idle cores, 1.3 s
+        # against 0.35 s).
         with environment(worker_env(self._threads)):
             self._connect(
                 address="local",
@@ -124,14 +131,18 @@ class RayExecutor:
                 _temp_dir=self._temp_dir,
             )
         if (address := self._ray.util.get_node_ip_address()) != "127.0.0.1":
-            log.warning("Ray listens on %s: it was imported before pipeline.cluster could keep it on loopback", address)
+            log.warning(
+                "Ray listens on %s: it was imported before pipeline.cluster could keep it on loopback",
+                address,
+            )
 
     def _join(self) -> None:
         """Connect to an existing cluster, refusing early what `ray.init` would try for two minutes."""
         address = self._settings.address or os.environ.get("RAY_ADDRESS")
         if not address:
             raise ClusterUnreachable(
-                "cluster=ray needs an address", "set cluster.address=HOST:6379 or RAY_ADDRESS, or use cluster=local"
+                "cluster=ray needs an address",
+                "set cluster.address=HOST:6379 or RAY_ADDRESS, or use cluster=local",
             )
         if "://" in address:
             raise ClusterUnreachable(
@@ -154,10 +165,12 @@ class RayExecutor:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except Exception as error:
             if options["address"] == "local":
-                raise ClusterUnreachable(f"Ray could not be started here: {error}", "cluster=inline needs no Ray") from error
+                raise ClusterUnreachable(
+                    f"Ray could not be started here: {error}", "cluster=inline needs no Ray"
+                ) from error
             raise ClusterUnreachable(
                 f"cluster.address={options['address']}: {error}",
-                "Ray and Python must have the cluster's versions, RAY_AUTH_MODE and the token must be the cluster's",
+                "Ray, Python, RAY_AUTH_MODE and the token must be the same here as on the cluster",
             ) from error
         finally:
             if in_main:
@@ -172,7 +185,7 @@ def _check_reachable(address: str) -> None:
         ClusterUnreachable: no answer within `PROBE_TIMEOUT_S`.
     """
     host, _, port = address.rpartition(":")
-    hint = "is the cluster up, and HOST:PORT its head's (6379 unless told otherwise)? cluster=local needs no cluster"
+    hint = "is the cluster up, and HOST:PORT its head's (6379 by default)? cluster=local needs none"
     if not host or not port.isdecimal():
         raise ClusterUnreachable(f"cluster.address={address}: expected HOST:PORT, or auto", hint)
     try:
@@ -192,5 +205,6 @@ def _check_reachable(address: str) -> None:
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
                 raise ClusterUnreachable(
-                    f"cluster.address={address} answers, but not as the head of a Ray cluster at {host}:{port}", hint
+                    f"cluster.address={address} answers, but {host}:{port} is not the head of a Ray cluster",
+                    hint,
                 ) from error

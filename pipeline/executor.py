@@ -1,8 +1,9 @@
 """What runs shards: the interface that a run knows, and the executor that is a for-loop.
 
-The rules of a run, whatever the executor. One call in flight per worker. An exception of ours sets its shard aside at
-once and is never retried. A process that dies takes its shard back to the queue's end; a shard that ended
-`MAX_KILLS` processes is set aside. When nobody is left to work, the rest of the shards is handed back, not waited for.
+The rules of a run, whatever the executor. One call in flight per worker. An exception of ours sets its shard
+aside at once and is never retried. A process that dies takes its shard back to the queue's end; a shard that
+ended `MAX_KILLS` processes is set aside. When nobody is left to work, the rest of the shards is handed back,
+not waited for.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Worker(Protocol):
 class ShardFailure:
     """A shard that was set aside.
 
-    `kind` is "error" (an exception of ours), "killed" (it ended `attempts` processes) or "no worker" (nobody was left).
+    `kind` is "error" (an exception of ours), "killed" (it ended `attempts` processes) or "no worker" (nobody
+    was left).
     """
 
     shard: Shard
@@ -64,7 +66,7 @@ class Executor(Protocol):
         ...
 
     def run(self, shards: Sequence[Shard], on_result: OnResult) -> list[ShardFailure]:
-        """Run shards in any order, calling `on_result` here as each is finished; returns those set aside, in order."""
+        """Run shards in any order, calling `on_result` here after each; returns those set aside, in order."""
         ...
 
     def memory(self) -> list[dict[str, Any]]:
@@ -103,7 +105,7 @@ class InlineExecutor:
             try:
                 result = self._worker.run(shard)
             except Exception as error:
-                failures.append(set_aside(shard, "error", error, 1))
+                failures.append(set_aside(shard, "error", describe(error), 1))
             else:
                 on_result(result)
         return failures
@@ -117,15 +119,14 @@ class InlineExecutor:
             worker.close()
 
 
-def set_aside(shard: Shard, kind: str, error: BaseException, attempts: int) -> ShardFailure:
-    cause = describe(error)
+def set_aside(shard: Shard, kind: str, cause: str, attempts: int) -> ShardFailure:
+    """Record and report a shard that will not be finished."""
     log.error("shard %d is set aside (%s): %s", shard.first_window, kind, cause)
-    log.debug("shard %d", shard.first_window, exc_info=error)
     return ShardFailure(shard, kind, cause, attempts)
 
 
 def describe(error: BaseException) -> str:
-    """Type and message; of Ray's page-long ones the first lines that say something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    is_ray = type(error).__module__.startswith("ray.")
-    return f"{type(error).__name__}: {' '.join(lines[:2] if is_ray else lines)}"
+    """Type and message on one line, at most a few hundred characters: Ray's fill a page."""
+    log.debug("%s", type(error).__name__, exc_info=error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}"

@@ -1,9 +1,9 @@
 """What one process really costs: its share of a mapped file, and the memory that is its own.
 
-Every worker maps the whole model, so resident set sizes count the shared pages once per worker. The proportional set
-size (PSS) divides each page by the number of processes that map it: summed over all mappers it is the file's
-resident bytes. A process's own memory is `Anonymous` of `smaps_rollup`; `Private_Clean` would not do, because with a
-single mapper the kernel counts the file's pages there.
+Every worker maps the whole model, so resident set sizes count the shared pages once per worker. The
+proportional set size (PSS) divides each page by the number of processes that map it: summed over all mappers
+it is the file's resident bytes. A process's own memory is `Anonymous` of `smaps_rollup`; `Private_Clean`
+would not do, because with a single mapper the kernel counts the file's pages there.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def process_memory(model_path: str | os.PathLike[str]) -> dict[str, int | str]:
     """Memory of the calling process, in bytes.
 
     Args:
-        model_path: the file whose mappings are summed; matched by device and inode, so any name of it will do.
+        model_path: the file whose mappings are summed; matched by device and inode, so any of its names will do.
 
     Returns:
-        `host`, `pid`; `anonymous_bytes` of the whole process; and over all mappings of the file `mapped_bytes`
-        (their length), `rss_bytes`, `pss_bytes`, `private_clean_bytes`, `private_dirty_bytes`,
+        `host`, `pid`; `anonymous_bytes` of the whole process; and over all mappings of the file
+        `mapped_bytes` (their length), `rss_bytes`, `pss_bytes`, `private_clean_bytes`, `private_dirty_bytes`,
         `shared_clean_bytes`, `shared_dirty_bytes`.
 
     Raises:

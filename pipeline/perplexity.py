@@ -7,11 +7,15 @@ import logging
 import math
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import RunResult, metrics, provenance, store, tables
 from pipeline.cluster import open_executor
@@ -20,7 +24,7 @@ from pipeline.executor import ShardFailure
 from pipeline.memory import process_memory
 from pipeline.preflight import Prepared, prepared
 from pipeline.settings import PerplexitySettings
-from pipeline.tracking import Tracker, open_tracker
+from pipeline.tracking import DataInput, Tracker, open_tracker
 from pipeline.worker import ShardResult
 
 if TYPE_CHECKING:
@@ -55,39 +59,60 @@ class Scoring:
 
 def run(settings: PerplexitySettings, progress: Progress | None) -> RunResult:
     """See `pipeline.evaluate`."""
-    started = time.perf_counter()
+    began_s, clock = time.time(), time.perf_counter()
     with prepared(settings) as ready:
         if ready.settings.dry_run:
-            return _planned(ready, started)
+            return _planned(ready, clock)
         tracker = open_tracker(ready.settings.tracking, Path(ready.settings.paths.results))
-        scoring = _score(ready, progress) if ready.todo else Scoring()
-        resident = ready.file.resident_bytes()
+        try:
+            scoring = _score(ready, tracker, progress) if ready.todo else Scoring()
+            resident = ready.file.resident_bytes()
+            return _concluded(ready, scoring, resident, tracker, began_s, clock)
+        finally:
+            tracker.close()
+
+
+def _concluded(
+    ready: Prepared, scoring: Scoring, resident: int, tracker: Tracker, began_s: float, clock: float
+) -> RunResult:
+    """One number from the files that are there, its row, its entry in MLflow."""
     finished = store.finished_shards(Path(ready.spec.run_dir), ready.shards, ready.spec.run_key)
-    remarks = [remark for remark in finished.remarks if remark not in ready.warnings]
-    warnings = ready.warnings + remarks
+    warnings = list(dict.fromkeys(ready.warnings + finished.remarks))
     missing = [shard for shard in ready.shards if shard not in finished.paths]
-    error = _incomplete(ready, missing, scoring.failures) if missing else None
-    summary = _blank(ready, started) | _figures(ready, scoring, resident)
+    summary = _blank(ready) | _figures(ready, scoring, resident)
     summary |= {"shards_done": len(finished.paths), "shards_reused": len(ready.finished.paths)}
-    if error is None:
+    windows = None
+    if missing:
+        error = _incomplete(ready, missing, scoring.failures)
+        summary |= {"ok": False, "exit_code": error.exit_code}
+        summary["error"] = {"type": error.kind, "message": str(error), "hint": error.hint}
+    else:
         windows = store.read_windows(finished.paths)
         summary |= metrics.perplexity({name: windows.column(name).to_numpy() for name in _SUMMED})
         summary["n_tokens"] = int(windows.column("n_tokens").to_numpy().sum())
-    else:
-        summary |= {"ok": False, "exit_code": error.exit_code}
-        summary["error"] = {"type": error.kind, "message": str(error), "hint": error.hint}
-    summary["wall_s"] = time.perf_counter() - started
+    summary["wall_s"] = time.perf_counter() - clock
     row = _commit_row(ready, summary, warnings)
-    summary["mlflow_run_id"] = _track(tracker, ready, summary, row, warnings)
-    summary["warnings"] = warnings
-    summary["wall_s"] = time.perf_counter() - started
+    summary["mlflow_run_id"] = _track(tracker, ready, summary, [row], windows, began_s)
+    warnings += tracker.warnings
+    summary |= {"warnings": warnings, "wall_s": time.perf_counter() - clock}
     return RunResult(summary, warnings, ready.spec.run_dir, int(summary["exit_code"]))
 
 
+_TAGGED = (
+    "run_key",
+    "measure_key",
+    "nll_sha256",
+    "model_sha256",
+    "tokens_sha256",
+    "version",
+    "numerics",
+    "exit_code",
+    "ok",
+)
 _SUMMED = ("nll_sum_nats", "nll_sq_sum", "n_scored", "n_bytes", "n_words")
 
 
-def _score(ready: Prepared, progress: Progress | None) -> Scoring:
+def _score(ready: Prepared, tracker: Tracker, progress: Progress | None) -> Scoring:
     """Start workers, hand out the shards that are left, measure memory while all are alive, and stop them."""
     scoring = Scoring()
 
@@ -101,6 +126,7 @@ def _score(ready: Prepared, progress: Progress | None) -> Scoring:
         if progress is not None:
             progress.note("starting workers")
         scoring.ready = executor.start(ready.spec)
+        tracker.prepare()
         if progress is not None:
             _tell_done(ready, progress)
         begun = time.perf_counter()
@@ -134,7 +160,7 @@ def _no_idle_workers(ready: Prepared) -> Any:
     return replace(cluster, workers=min(fitting, len(ready.todo)))
 
 
-def _blank(ready: Prepared, started: float) -> dict[str, Any]:
+def _blank(ready: Prepared) -> dict[str, Any]:
     """Every key of the contract's JSON, what is known at once filled in."""
     import engine
 
@@ -147,7 +173,7 @@ def _blank(ready: Prepared, started: float) -> dict[str, Any]:
         "measure_key": ready.spec.columns["measure_key"],
         "table": ready.spec.run_dir,
         "mlflow_run_id": None,
-        "wall_s": time.perf_counter() - started,
+        "wall_s": None,
         "compile_s": None,
         "load_s": None,
         "version": provenance.version(),
@@ -173,7 +199,7 @@ def _blank(ready: Prepared, started: float) -> dict[str, Any]:
     }
 
 
-def _planned(ready: Prepared, started: float) -> RunResult:
+def _planned(ready: Prepared, clock: float) -> RunResult:
     """A dry run's answer: the plan, and nothing started."""
     s = ready.settings
     cores = len(os.sched_getaffinity(0))
@@ -185,8 +211,9 @@ def _planned(ready: Prepared, started: float) -> RunResult:
         if s.cluster.workers is None or s.cluster.kind == "inline"
         else s.cluster.workers,
         "shards_todo": len(ready.todo),
+        "wall_s": time.perf_counter() - clock,
     }
-    return RunResult(_blank(ready, started) | plan, ready.warnings, ready.spec.run_dir, 0)
+    return RunResult(_blank(ready) | plan, ready.warnings, ready.spec.run_dir, 0)
 
 
 def _figures(ready: Prepared, scoring: Scoring, resident: int) -> dict[str, Any]:
@@ -260,7 +287,39 @@ def _commit_row(ready: Prepared, summary: dict[str, Any], warnings: list[str]) -
 
 
 def _track(
-    tracker: Tracker, ready: Prepared, summary: dict[str, Any], row: Path, warnings: list[str]
+    tracker: Tracker,
+    ready: Prepared,
+    summary: dict[str, Any],
+    files: list[Path],
+    windows: pa.Table | None,
+    began_s: float,
 ) -> str | None:
     """Log the run to MLflow; whatever goes wrong there costs a warning."""
-    return None
+    s = ready.settings
+    tags = {name: summary[name] for name in _TAGGED} | {"git_sha": provenance.git_sha(), "job": "perplexity"}
+    numbers = {
+        name: value
+        for name, value in summary.items()
+        if isinstance(value, (int, float)) and name not in _TAGGED
+    }
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if windows is not None:
+                files = [*files, Path(folder) / "windows.parquet"]
+                pq.write_table(windows, files[-1], compression="zstd")
+            return tracker.log_run(
+                f"{Path(s.model.path).stem} on {s.data.name}",
+                asdict(s),
+                numbers,
+                tags,
+                [*files, Path(ready.spec.run_dir) / "plan.json"],
+                DataInput(s.data.name, s.data.path, ready.measure["data_sha256"]),
+                complete=bool(summary["ok"]),
+                started_s=began_s,
+            )
+    except Exception as error:  # the tables are complete; nothing about an index may take them away
+        log.debug("tracking", exc_info=True)
+        tracker.warnings.append(
+            f"not logged to MLflow: {type(error).__name__}: {error}; the tables are complete"
+        )
+        return None

@@ -1,4 +1,4 @@
-"""How a run shows that it is moving: a live bar on a terminal, a line now and then anywhere else; standard error only."""
+"""How a run shows that it moves: a live bar on a terminal, log lines anywhere else; on standard error only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 class Progress(Protocol):
     """What a run tells while it works."""
 
-    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+    def start(
+        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+    ) -> None:
         """Begin; windows that an earlier run finished count as done, with their sums where they are known."""
         ...
 
@@ -71,10 +73,18 @@ class Tally:
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class _Figures(TypedDict):
+    ppl: str
+    rate: str
+    eta: str
+
+
 class NoProgress:
     """Shows nothing."""
 
-    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+    def start(
+        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+    ) -> None:
         pass
 
     def note(self, message: str) -> None:
@@ -95,10 +105,16 @@ class LineProgress:
         self._last = time.monotonic()
         self._tally: Tally | None = None
 
-    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+    def start(
+        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+    ) -> None:
         self._tally = Tally(total_windows, done_windows, n_scored, nll_sum)
         self._last = time.monotonic()
-        log.info("%d windows to score%s", total_windows - done_windows, f", {done_windows} done before" if done_windows else "")
+        log.info(
+            "%d windows to score%s",
+            total_windows - done_windows,
+            f", {done_windows} done before" if done_windows else "",
+        )
 
     def note(self, message: str) -> None:
         log.info("%s", message)
@@ -135,11 +151,15 @@ class BarProgress:
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
 
-    def start(self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0) -> None:
+    def start(
+        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+    ) -> None:
         self.stop()
         self._tally = Tally(total_windows, done_windows, n_scored, nll_sum)
         bar = self._display()
-        self._task = bar.add_task("", total=total_windows, completed=done_windows, note="scoring", **self._figures())
+        self._task = bar.add_task(
+            "", total=total_windows, completed=done_windows, note="scoring", **self._figures()
+        )
 
     def note(self, message: str) -> None:
         bar = self._display()
@@ -159,7 +179,7 @@ class BarProgress:
             self._bar.stop()
         self._bar = self._task = self._tally = None
 
-    def _figures(self) -> dict[str, str]:
+    def _figures(self) -> _Figures:
         tally = self._tally
         assert tally is not None, "figures are shown between start and stop"
         return {"ppl": tally.perplexity(), "rate": tally.tokens_per_s(), "eta": tally.eta()}
@@ -175,7 +195,9 @@ class BarProgress:
                 TextColumn("{task.fields[note]}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("windows · ppl {task.fields[ppl]} · {task.fields[rate]} tok/s · {task.fields[eta]} left"),
+                TextColumn(
+                    "windows · ppl {task.fields[ppl]} · {task.fields[rate]} tok/s · {task.fields[eta]} left"
+                ),
                 console=self._console,
                 redirect_stdout=False,
                 redirect_stderr=True,

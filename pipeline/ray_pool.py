@@ -1,10 +1,11 @@
 """Shards over Ray actors that may die: one loop on `ray.wait`, and one worker in each actor.
 
-Three lessons of Ray 2.60 made it. A dying actor is first seen as "unavailable", so an error of that family says only
-that the call was lost: the actor is sent a probe, which alone Ray may repeat through restarts, and gets work again
-when the probe answers; calls to an actor that is restarting fail at once and would use up a shard's attempts. Work
-itself is never repeated by Ray (`max_task_retries=0`): the driver counts. An actor that Ray gave up is replaced, as
-often as shards can end processes, but a place where actors never become ready is given up.
+Three lessons of Ray 2.60 made it. A dying actor is first seen as "unavailable", so an error of that family
+says only that the call was lost: the actor is sent a probe, which alone Ray may repeat through restarts, and
+gets work again when the probe answers; calls to an actor that is restarting fail at once and would use up a
+shard's attempts. Work itself is never repeated by Ray (`max_task_retries=0`): the driver counts. An actor
+that Ray gave up is replaced, as often as shards can end processes, but a place where actors never become
+ready is given up.
 
 `ray` is handed in, connected, by `pipeline.cluster`.
 """
@@ -47,7 +48,7 @@ def spread(capacity: Mapping[str, int], wanted: int | None) -> list[str]:
 
 
 class Hosted:
-    """What an actor holds. The worker is made by the first probe, so that its errors arrive as ordinary ones."""
+    """What an actor holds. The first probe makes the worker, so that its errors arrive as ordinary ones."""
 
     def __init__(self, factory: str, spec: WorkerSpec) -> None:
         setup_logging()
@@ -71,7 +72,7 @@ class Hosted:
 
 @dataclass(eq=False)
 class Actor:
-    """A place for a worker: `barren` actors before it there never became ready; `info` is what a ready one said."""
+    """An actor in its place: `barren` ones before it never became ready; `info` is what it said of itself."""
 
     node: str
     handle: Any
@@ -99,7 +100,9 @@ class Pool:
         environment: variables that each worker's process is started with, None where they are inherited.
     """
 
-    def __init__(self, ray: Any, factory: str, spec: WorkerSpec, threads: int, environment: dict[str, str] | None) -> None:
+    def __init__(
+        self, ray: Any, factory: str, spec: WorkerSpec, threads: int, environment: dict[str, str] | None
+    ) -> None:
         self._ray, self._factory, self._spec = ray, factory, spec
         self._options: dict[str, Any] = {
             "num_cpus": threads,
@@ -149,20 +152,24 @@ class Pool:
                 if error is None:
                     on_result(ended.result)
                 elif ended.is_ours:
-                    failures.append(set_aside(shard, "error", error, kills[shard] + 1))
+                    failures.append(set_aside(shard, "error", describe(error), kills[shard] + 1))
                 else:
                     kills[shard] += 1
                     if kills[shard] >= MAX_KILLS:
-                        failures.append(set_aside(shard, "killed", error, kills[shard]))
+                        cause = f"its worker's process ended, {kills[shard]} times ({type(error).__name__})"
+                        failures.append(set_aside(shard, "killed", cause, kills[shard]))
                     else:
                         log.warning("shard %d lost its worker, attempt %d", shard.first_window, kills[shard])
                         todo.append(shard)
-        loss = self._last_loss or RuntimeError("no worker became ready")
+        loss = "no worker is ready" if self._last_loss is None else describe(self._last_loss)
         failures += [set_aside(shard, "no worker", loss, kills[shard]) for shard in todo]
         return sorted(failures, key=lambda failure: failure.shard.first_window)
 
     def memory(self) -> list[dict[str, Any]]:
-        """See `pipeline.executor.Executor.memory`."""
+        """See `pipeline.executor.Executor.memory`; waits for workers that are just being replaced."""
+        deadline = time.monotonic() + MEMORY_TIMEOUT_S
+        while self._calls and time.monotonic() < deadline:
+            list(self._finished(timeout_s=1.0))
         refs = [actor.handle.memory.remote() for actor in self._actors if actor.is_ready]
         measured = []
         for ref in self._ray.wait(refs, num_returns=len(refs), timeout=MEMORY_TIMEOUT_S)[0] if refs else []:
@@ -211,7 +218,9 @@ class Pool:
             if n_ready and first is None:
                 first = now
             if first is not None and now - first > START_GRACE_S:
-                log.warning("%d workers are ready; the others join when the cluster has room for them", n_ready)
+                log.warning(
+                    "%d workers are ready; the others join when the cluster has room for them", n_ready
+                )
                 return
             if first is None and now - started > START_TIMEOUT_S:
                 return
@@ -223,7 +232,8 @@ class Pool:
         """Raise why there is no worker."""
         if self._last_loss is None:
             raise ClusterUnreachable(
-                f"no worker was ready after {START_TIMEOUT_S:.0f} s", "are the cluster's CPUs all taken? see `ray status`"
+                f"no worker was ready after {START_TIMEOUT_S:.0f} s",
+                "are the cluster's CPUs all taken? see `ray status`",
             )
         if isinstance(self._last_loss, self._ray.exceptions.RayError):
             raise ClusterUnreachable(
@@ -251,7 +261,9 @@ class Pool:
                 self._lost(actor, error)
             elif shard is None and error is None:
                 self._welcome(actor, result)
-            elif shard is None and error is not None:  # it cannot open its spec: another process could not either
+            elif (
+                shard is None and error is not None
+            ):  # it cannot open its spec: another process could not either
                 self._drop(actor, error)
                 self._later.pop(actor.node, None)
             if shard is not None:
@@ -264,7 +276,7 @@ class Pool:
             self._launch(actor.node)
 
     def _lost(self, actor: Actor, error: BaseException) -> None:
-        """A call was lost: probe an actor that Ray restarts; replace one it gave up, unless its place is barren."""
+        """A call was lost: probe an actor that Ray restarts, replace one it gave up unless its place is barren."""
         errors = self._ray.exceptions
         if not isinstance(error, (errors.ActorDiedError, errors.ActorUnschedulableError)):
             self._probe(actor)
@@ -278,7 +290,9 @@ class Pool:
         alive = [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]
         load = Counter(other.node for other in self._actors)
         if alive:
-            self._launch(actor.node if actor.node in alive else min(alive, key=lambda node: load[node]), barren)
+            self._launch(
+                actor.node if actor.node in alive else min(alive, key=lambda node: load[node]), barren
+            )
 
     def _drop(self, actor: Actor, error: BaseException) -> None:
         self._actors.remove(actor)

@@ -1,4 +1,4 @@
-"""The process environment in one place: threads, Ray's switches, logging; for the driver and for every worker."""
+"""The process environment in one place, for driver and workers: threads, Ray's switches, logging."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def available_cores() -> int:
 def worker_env(threads: int) -> dict[str, str]:
     """Environment of a worker with `threads` threads, to be in place before it imports Numba or NumPy.
 
-    Numba does not look at `OMP_NUM_THREADS`, and BLAS is not on the scoring path: kernels get the threads, the
-    other libraries one each.
+    Numba does not look at `OMP_NUM_THREADS`, and BLAS is not on the scoring path: kernels get the threads,
+    the other libraries one each.
     """
     fixed = {
         "NUMBA_NUM_THREADS": str(threads),
@@ -62,9 +62,9 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 def prepare_local_ray() -> None:
     """Set what a Ray of our own needs before `import ray`: silence, loopback only, a token.
 
-    Ray binds every port to all interfaces whatever address it is given; the switch meant for macOS and Windows
-    is what keeps it on 127.0.0.1. The token keeps other users of this machine out; given here it is not left in
-    `~/.ray`, where it would change how later clusters of this user start.
+    Ray binds every port to all interfaces whatever address it is given; the switch meant for macOS and
+    Windows is what keeps it on 127.0.0.1. The token keeps other users of this machine out; given here it is
+    not left in `~/.ray`, where it would change how later clusters of this user start.
     """
     _silence_ray()
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -73,8 +73,9 @@ def prepare_local_ray() -> None:
 
 
 def prepare_remote_ray() -> None:
-    """Set what joining an existing cluster needs before `import ray`: silence, an explicit authentication mode."""
+    """Set what joining an existing cluster needs before `import ray`: silence, an authentication mode."""
     _silence_ray()
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # of 20: seconds until a wrong token is refused
     has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     has_token = has_token or (Path.home() / ".ray" / "auth_token").exists()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
@@ -91,7 +92,7 @@ def _silence_ray() -> None:
 
 
 class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to whatever `sys.stderr` is at that moment, so that a live progress bar can move out of the way."""
+    """Writes to whatever `sys.stderr` is at that moment, so a live progress bar can step aside."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -102,9 +103,10 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def setup_logging() -> None:
-    """Send every record of this process to standard error, never to standard output; `PAGEMILL_DEBUG=1` shows all.
+    """Send every record of this process to standard error, all of them if `PAGEMILL_DEBUG=1`.
 
-    Called by the driver and by each worker; calling it again changes nothing. Libraries speak from WARNING on.
+    Called by the driver and by each worker; calling it again changes nothing. Libraries speak from WARNING
+    on.
     """
     debug = os.environ.get("PAGEMILL_DEBUG") == "1"
     handler = _StandardError()

@@ -71,7 +71,7 @@ class Built:
     def put_text(self, what: str, text: str | bytes) -> None:
         """Appends a string behind its length."""
         raw = text.encode() if isinstance(text, str) else text
-        self.put("length", what, "u64", len(raw))
+        self._put_raw("length", what, len(raw).to_bytes(8, "little"))
         self._put_raw("text", what, raw)
 
     def put_value(self, key: str, value: Any) -> None:
@@ -288,9 +288,9 @@ def byte_level_vocabulary(size: int, seed: int = 0) -> dict[str, Any]:
     pool, merges = [alphabet[byte] for byte in (32, *range(97, 123))], []
     common = "Ġ t|h e|Ġ a|i n|r e|o n|Ġt he|e r|Ġ s|a t|Ġ w|Ġ o|e n|Ġ c|i t|i s|a n|o r|e s|Ġ b|e d|Ġ f|in g"
     pairs = [tuple(pair.split(" ")) for pair in common.split("|")]
-    rng = np.random.default_rng(seed)
+    draws = iter(np.random.default_rng(seed).random((10 * size, 2)).tolist())
     while len(tokens) < size:
-        left, right = pairs.pop(0) if pairs else (pool[rng.integers(len(pool))], pool[rng.integers(27)])
+        left, right = pairs.pop(0) if pairs else _random_pair(pool, next(draws))
         if left + right in tokens:
             continue
         tokens[left + right] = None
@@ -309,6 +309,11 @@ def byte_level_vocabulary(size: int, seed: int = 0) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
     }
+
+
+def _random_pair(pool: list[str], draw: list[float]) -> tuple[str, str]:
+    """Any token so far, and a space or a letter."""
+    return pool[int(draw[0] * len(pool))], pool[int(draw[1] * 27)]
 
 
 def expand_to_f32(source: str | Path, target: str | Path) -> Path:

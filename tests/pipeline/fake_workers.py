@@ -36,7 +36,13 @@ class FakeWorker:
     def ready(self) -> dict[str, Any]:
         started = time.time_ns()
         time.sleep(self.spec.get("warm_up_s", 0.0))
-        return {"pid": os.getpid(), "started": started, "ready": time.time_ns(), "compile_s": 0.0, "load_s": 0.0}
+        return {
+            "pid": os.getpid(),
+            "started": started,
+            "ready": time.time_ns(),
+            "compile_s": 0.0,
+            "load_s": 0.0,
+        }
 
     def run(self, shard: Shard) -> FakeResult:
         spec, first = self.spec, shard.first_window

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,15 +95,8 @@ def test_another_digest_is_refused_with_what_is_wrong(tmp_path, altered, said):
     assert hashlib.sha256(altered).hexdigest() in str(caught.value)
 
 
-def wikitext2():
-    folder = os.environ.get("PAGEMILL_TEST_DATA")
-    if not folder or not (Path(folder) / "data/wiki.test.raw").exists():
-        pytest.skip("PAGEMILL_TEST_DATA names no folder with data/wiki.test.raw")
-    return (Path(folder) / "data/wiki.test.raw").read_bytes()
-
-
-def test_altered_copies_of_wikitext2_are_told_apart(tmp_path):
-    raw = wikitext2()
+def test_altered_copies_of_wikitext2_are_told_apart(tmp_path, shared_data):
+    raw = (shared_data / "data/wiki.test.raw").read_bytes()
     lines = raw.splitlines(keepends=True)
     stripped = b"".join(line for line in lines if line.strip())
     cases = {

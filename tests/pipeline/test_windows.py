@@ -1,8 +1,5 @@
 """Protocol `windows`: llama.cpp's, step by step, against a transcription of its loop."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -75,11 +72,8 @@ def test_unknown_protocols_are_refused():
         open_protocol(ProtocolSettings("carry"), None)
 
 
-def test_windows_of_the_oracle_are_ours():
-    folder = os.environ.get("PAGEMILL_TEST_DATA")
-    if not folder or not (Path(folder) / "oracle/smollm2-nll.npz").exists():
-        pytest.skip("PAGEMILL_TEST_DATA names no folder with oracle/smollm2-nll.npz")
-    oracle = np.load(Path(folder) / "oracle/smollm2-nll.npz")
+def test_windows_of_the_oracle_are_ours(shared_data):
+    oracle = np.load(shared_data / "oracle/smollm2-nll.npz")
     tokens, scores = oracle["tokens"].reshape(-1), oracle["nll_float64"]
     window = Windows(512, None, None).window(tokens, 3)
     assert window.tokens.tolist() == tokens[3 * 512 : 4 * 512].tolist()

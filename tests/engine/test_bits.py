@@ -1,0 +1,74 @@
+"""One score, one set of bits: any vector width, and from one release to the next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import engine
+from tests.engine.conftest import Scorer
+from tests.make_gguf import tiny_llama
+
+TOKENS = np.random.default_rng(2026).integers(0, 300, 130).astype(np.int32)
+
+GOLDEN = {  # NUMERICS -> type -> SHA-256 of the float64 NLLs; a change of bits raises engine.NUMERICS
+    1: {
+        "F32": "2a4e113617f679f56e94a5751a0d70f89f4d7f3e1f0eb449c435d6f06ec131f0",
+        "Q4_1": "fb3c2169a913700122caf4deb36b070ba5b4eaf08e5889f2076c20d96812a561",
+    },
+}
+
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt",
+}
+
+CHILD = """
+import hashlib, json, sys
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+import engine, gc
+from tests.engine.conftest import Scorer
+from tests.engine.test_bits import TOKENS
+from engine.kernels.tile import LANES
+digest = hashlib.sha256(Scorer(sys.argv[1]).score(TOKENS).tobytes()).hexdigest()
+kernels = [k for k in gc.get_objects() if isinstance(k, Dispatcher) and k.signatures]
+assembly = "".join(text for k in kernels for text in k.inspect_asm().values())
+print(json.dumps({"digest": digest, "lanes": LANES, "fma": assembly.count("vfmadd"), "zmm": assembly.count("zmm")}))
+"""
+
+
+def digest(path) -> str:
+    return hashlib.sha256(Scorer(path).score(TOKENS).tobytes()).hexdigest()
+
+
+@pytest.fixture(params=["F32", "Q4_1"])
+def model_path(request, tmp_path):
+    return request.param, tiny_llama(tmp_path / "m.gguf", seed=3, type_name=request.param)
+
+
+def test_bits_change_only_when_numerics_is_raised(model_path):
+    type_name, path = model_path
+    assert digest(path) == GOLDEN[engine.NUMERICS][type_name], (
+        "the bits of a score changed: if that is intended, raise engine.NUMERICS, write the size of the change into "
+        "CHANGELOG (Numbers) and the new digest here"
+    )
+
+
+def test_avx2_gives_the_same_bits_without_a_zmm_register(tmp_path):
+    path = tiny_llama(tmp_path / "m.gguf", seed=3, type_name="Q4_1")
+    environment = os.environ | AVX2 | {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    seen = json.loads(child.stdout.splitlines()[-1])
+    assert seen["lanes"] == 8
+    assert seen["fma"] > 100
+    assert seen["zmm"] == 0
+    assert seen["digest"] == digest(path)

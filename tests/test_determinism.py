@@ -1,0 +1,125 @@
+"""One `nll_sha256`, whatever computes it and whatever dies on the way: the command line, the real engine, a real model.
+
+Windows are short (64 tokens) and shards hold one window, so that there is a middle to be killed in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.engine.test_bits import AVX2
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+N_WINDOWS = 24
+
+
+def command(model: Path, results: Path, *words: str) -> list[str]:
+    return [
+        sys.executable, "-m", "jobs.perplexity", f"model.path={model}", "data=pydoc", "protocol.window=64",
+        f"protocol.limit={N_WINDOWS}", "cluster.windows_per_shard=1", "tracking=none", f"paths.results={results}", *words,
+    ]  # fmt: skip
+
+
+def outcome(run: subprocess.CompletedProcess[str]) -> dict:
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def perplexity(model: Path, results: Path, *words: str, environment: dict[str, str] | None = None) -> dict:
+    run = subprocess.run(
+        command(model, results, *words), env=os.environ | (environment or {}), capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return outcome(run)
+
+
+@pytest.fixture(scope="module")
+def whole(smollm2, tmp_path_factory) -> dict:
+    """The undisturbed run: in this process's child, one worker, no Ray."""
+    return perplexity(smollm2, tmp_path_factory.mktemp("whole"), "cluster=inline")
+
+
+def shards(results: Path) -> list[Path]:
+    return sorted(results.glob("v1/table=windows/run_key=*/shard-*.parquet"))
+
+
+def wait_for_first_shard(results: Path, run: subprocess.Popen[str]) -> int:
+    """Returns how many shards are there when there is one at least; the run must not be over."""
+    while not shards(results):
+        assert run.poll() is None, "the run ended before its first shard"
+        time.sleep(0.01)
+    return len(shards(results))
+
+
+def engine_workers(run: subprocess.Popen[str], model: Path) -> list[psutil.Process]:
+    """The run's processes that map the model, without the driver."""
+    found = []
+    for process in psutil.Process(run.pid).children(recursive=True):
+        try:
+            if any(m.path == str(model) for m in process.memory_maps()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["cluster=inline", "engine.batch_tokens=512", "cluster.windows_per_shard=8"], {}),
+        (["cluster=inline", "engine.batch_tokens=4096", "cluster.windows_per_shard=24"], {}),
+        (["cluster=inline", "engine.threads=2", "cluster.windows_per_shard=8"], {}),
+        (["cluster=inline", "engine.batch_tokens=50"], {}),
+        (["cluster=inline"], AVX2),
+        (["cluster=local", "cluster.workers=2", "cluster.windows_per_shard=5"], {}),
+    ],
+    ids=["batch-512", "batch-4096", "threads-2", "window-over-many-batches", "avx2", "workers-2"],
+)
+def test_bits_do_not_depend_on_how_they_are_computed(smollm2, whole, tmp_path, words, environment):
+    if environment:
+        environment = environment | {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    seen = perplexity(smollm2, tmp_path / "results", *words, environment=environment)
+    assert seen["nll_sha256"] == whole["nll_sha256"]
+    assert seen["run_key"] == whole["run_key"]
+    assert seen["ppl"] == whole["ppl"]
+    assert seen["shards_reused"] == 0
+
+
+def test_bits_survive_the_kill_of_a_worker(smollm2, whole, tmp_path):
+    words = command(smollm2, tmp_path, "cluster=local", "cluster.workers=2")
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_first_shard(tmp_path, run)
+    engine_workers(run, smollm2)[0].kill()
+    at_the_kill = len(shards(tmp_path))
+    stdout, stderr = run.communicate()
+    assert 1 <= at_the_kill < N_WINDOWS, "the kill came too late to prove anything"
+    assert run.returncode == 0, stderr[-3000:]
+    seen = json.loads(stdout.splitlines()[-1])
+    assert seen["nll_sha256"] == whole["nll_sha256"]
+    assert len(shards(tmp_path)) == N_WINDOWS
+
+
+def test_bits_survive_the_kill_of_the_driver_and_nothing_is_computed_twice(smollm2, whole, tmp_path):
+    words = command(smollm2, tmp_path, "cluster=local", "cluster.workers=2")
+    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    wait_for_first_shard(tmp_path, run)
+    workers = engine_workers(run, smollm2)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive, "workers outlived their driver by half a minute"
+    before = {path: path.stat().st_ino for path in shards(tmp_path)}
+    assert 1 <= len(before) < N_WINDOWS, "the kill came too late to prove anything"
+    seen = perplexity(smollm2, tmp_path, "cluster=inline")
+    assert seen["nll_sha256"] == whole["nll_sha256"]
+    assert seen["shards_reused"] == len(before)
+    assert {path: path.stat().st_ino for path in before} == before
