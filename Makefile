@@ -51,13 +51,12 @@ check: dev  ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: dev model  ## opening, kernels against the machine's ceiling
-	$(BIN)/python -m jobs.bench_open '$(MODEL)'
+bench: dev model  ## opening, decoding and GEMM against the machine's own limits
 	$(BIN)/python -m jobs.bench_kernels '$(MODEL)'
 
-bench-full: dev model  ## the same with the long matrices
-	$(BIN)/python -m jobs.bench_open '$(MODEL)' --full
-	$(BIN)/python -m jobs.bench_kernels '$(MODEL)' --full
+bench-full: bench  ## the same, and a whole perplexity run
+	$(BIN)/pagemill perplexity model.path='$(MODEL)' data=pydoc protocol.limit=40 tracking=none \
+		paths.results="$$(mktemp -d)"
 
 notebooks: dev  ## run the notebooks on the demo's tables; the files stay as they are
 	@[ -d '$(RESULTS)/v1/table=runs' ] || $(MAKE) --no-print-directory demo
@@ -89,10 +88,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core-installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing into $(VENV): 1.6 GB, a few minutes the first time"
 	$(PIP) install --quiet --editable .
 	touch $@
 
 $(VENV)/.dev-installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing what tests and checks need into $(VENV)"
 	$(PIP) install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.core-installed
 

@@ -1,10 +1,11 @@
 """GGUF file and token ids in, log-likelihoods and logits out.
 
-The engine maps a GGUF file, keeps its weights quantized in the shared mapping, and decodes ragged batches of many
-sequences. It knows nothing of data sets, clusters, tables or tracking.
+The engine maps a GGUF file, keeps its weights quantized in the shared mapping, and decodes ragged batches of
+many sequences. It knows nothing of data sets, clusters, tables or tracking.
 
-Axis letters, the same everywhere: `S` sequences (cache slots), `T` tokens in the batch, `D` model width, `H` heads,
-`G` key/value heads, `K` head width, `F` feed-forward width, `V` vocabulary, `C` cache capacity, `P` panels of `NR` tokens.
+Axis letters, the same everywhere: `S` sequences (cache slots), `T` tokens in the batch, `D` model width, `H`
+heads, `G` key/value heads, `K` head width, `F` feed-forward width, `V` vocabulary, `C` cache capacity, `P`
+panels of `NR` tokens.
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ class Batch:
 
     Args:
         tokens: (T,) token ids.
-        positions: (T,) positions; a token sees the tokens of its slot at positions up to its own, from the cache and
-            from this batch. The order of the tokens in the batch does not matter.
+        positions: (T,) positions; a token sees the tokens of its slot at positions up to its own, from the
+            cache and from this batch. The order of the tokens in the batch does not matter.
         slots: (T,) cache slots; default 0 everywhere.
-        targets: (T,) the token id whose likelihood is wanted after this token, -1 where none is; default -1 everywhere.
+        targets: (T,) the token id whose likelihood is wanted after this token, -1 where none is (default).
         outputs: (T,) bool, rows of logits that `Model.logits` returns; default none.
 
     Raises:
-        ValueError: arrays of different lengths, not one-dimensional, empty, negative positions or slots, or a slot and
-            position that occur twice.
+        ValueError: arrays of different lengths, not one-dimensional, empty, negative positions or slots, or a
+            slot and position that occur twice.
     """
 
     def __init__(

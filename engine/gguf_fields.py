@@ -26,7 +26,7 @@ from engine.errors import GGUFFormatError
 
 MAX_NESTING = 4  # arrays in arrays; models have no use for more than one level
 MAX_NAME_BYTES = 65_535  # the format's limit for keys, applied to tensors' names too
-INDEX_BYTES = 48 << 20  # what a header may cost in memory; a vocabulary of 256k with its merges costs 7 MB
+INDEX_BYTES = 32 << 20  # what a header may cost in memory; a vocabulary of 256k with its merges costs 7 MB
 _OBJECT_BYTES = 640  # charged for a tensor, a key or a nested array, with its view; measured: 350 to 600
 
 U32, U64 = Struct("<I"), Struct("<Q")
@@ -198,9 +198,11 @@ class FieldReader:
         n_bytes = dtype.itemsize * count
         self.need(n_bytes, f"an array of {count:,} numbers")
         raw = self.whole[self.at : self.at + n_bytes]
-        if type_id == _BOOL and count and raw.max() > 1:
+        if type_id == _BOOL and count:
+            self._charge(n_bytes)  # the only numbers that are read now
             worst = int(raw.argmax())
-            self.fail(f"a bool of value {raw[worst]} in an array, expected 0 or 1", self.at + worst)
+            if raw[worst] > 1:
+                self.fail(f"a bool of value {raw[worst]} in an array, expected 0 or 1", self.at + worst)
         self.at += n_bytes
         return raw.view(dtype)
 

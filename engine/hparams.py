@@ -52,20 +52,29 @@ def llama_params(file: GGUFFile) -> LlamaParams:
     """Reads and cross-checks the hyperparameters.
 
     Raises:
-        UnsupportedModel: a key is missing, has another type, contradicts another, or switches on what is not computed.
+        UnsupportedModel: a key is missing, has another type, contradicts another, or switches on what is not
+        computed.
     """
     name = architecture(file)
     meta = file.metadata
 
     def number(key: str, kind: type[Any], default: Any = None) -> Any:
         value = meta.get(f"{name}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int) or value <= 0:
-            raise UnsupportedModel(f"{file.path}: {name}.{key} is {value!r}; expected a positive {kind.__name__}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float) if kind is float else int)
+            or value <= 0
+        ):
+            raise UnsupportedModel(
+                f"{file.path}: {name}.{key} is {value!r}; expected a positive {kind.__name__}"
+            )
         return kind(value)
 
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise UnsupportedModel(f"{file.path}: no two-dimensional tensor token_embd.weight; is this a model file?")
+        raise UnsupportedModel(
+            f"{file.path}: no two-dimensional tensor token_embd.weight; is this a model file?"
+        )
     width, n_heads = number("embedding_length", int), number("attention.head_count", int)
     head_width = number("attention.key_length", int, max(1, width // n_heads))
     params = LlamaParams(
@@ -83,7 +92,9 @@ def llama_params(file: GGUFFile) -> LlamaParams:
         norm_eps=number("attention.layer_norm_rms_epsilon", float),
     )
     if params.n_heads % params.n_kv_heads:
-        raise UnsupportedModel(f"{file.path}: {params.n_heads} heads do not divide by {params.n_kv_heads} kv heads")
+        raise UnsupportedModel(
+            f"{file.path}: {params.n_heads} heads do not divide by {params.n_kv_heads} kv heads"
+        )
     if params.rope_width % 2 or params.rope_width > head_width:
         raise UnsupportedModel(f"{file.path}: {params.rope_width} rotated features of a head of {head_width}")
     _refuse_switches(file.path, name, meta, head_width)
@@ -103,4 +114,6 @@ def _refuse_switches(path: str, name: str, meta: Mapping[str, Any], head_width: 
     for key, allowed in neutral.items():
         value = meta.get(f"{name}.{key}", allowed[0])
         if value not in allowed:
-            raise UnsupportedModel(f"{path}: {name}.{key} = {value!r} is not supported; expected {allowed[0]!r}")
+            raise UnsupportedModel(
+                f"{path}: {name}.{key} = {value!r} is not supported; expected {allowed[0]!r}"
+            )

@@ -12,7 +12,7 @@ import numpy as np
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Features that kernels are compiled for: the host's, or those of `NUMBA_CPU_FEATURES` where it is set."""
+    """Features that kernels are compiled for: the host's, or those that `NUMBA_CPU_FEATURES` names."""
     import llvmlite.binding as llvm
 
     named = os.environ.get("NUMBA_CPU_FEATURES")
@@ -31,7 +31,11 @@ def fma_gflops(threads: int = 1, seconds: float = 0.1) -> float:
     flop = 2 * MR * NR * depth
 
     def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return np.ones((depth, MR), np.float32), np.ones((depth, NR), np.float32), np.zeros((MR, NR), np.float32)
+        return (
+            np.ones((depth, MR), np.float32),
+            np.ones((depth, NR), np.float32),
+            np.zeros((MR, NR), np.float32),
+        )
 
     spin(*operands(), 1)
     start = time.perf_counter()

@@ -36,16 +36,16 @@ class Model(Protocol):
     def nll(self, batch: Batch, cache: KVCache) -> NDArray[np.float64]:
         """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,).
 
-        The batch's keys and values stay in `cache`. Log-sum-exp runs in float64 over the whole vocabulary, block by
-        block; no row of logits is kept.
+        The batch's keys and values stay in `cache`. Log-sum-exp runs in float64 over the whole vocabulary,
+        block by block; no row of logits is kept.
 
         Raises:
             CapacityError: more tokens than `batch_tokens`, or slots or positions outside the cache.
-            ValueError: token ids or targets outside the vocabulary, or a position that its slot already holds.
+            ValueError: token ids or targets outside the vocabulary, or a position that is held already.
         """
 
     def logits(self, batch: Batch, cache: KVCache) -> NDArray[np.float32]:
-        """Logits of every token marked in `batch.outputs`, in batch order: float32 (n_outputs, V); raises as `nll`."""
+        """Logits of every token marked in `batch.outputs`: float32 (n_outputs, V); raises as `nll`."""
 
 
 def check_supported(file: GGUFFile) -> None:
@@ -63,11 +63,11 @@ def check_supported(file: GGUFFile) -> None:
 def load_model(file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096) -> Model:
     """The model in a mapped file, ready to decode batches of up to `batch_tokens` tokens.
 
-    Weights stay quantized in the mapping; what is allocated is `nbytes`. Compiled kernels come from the disk cache where
-    they are there.
+    Weights stay quantized in the mapping; what is allocated is `nbytes`. Compiled kernels come from the disk
+    cache where they are there.
 
     Raises:
-        UnsupportedModel, UnsupportedQuant: as `check_supported`, and for tensors that are missing, unknown or misshapen.
+        UnsupportedModel, UnsupportedQuant: as `check_supported`, and for tensors missing or misshapen.
         ValueError: threads or batch_tokens below one.
     """
     if threads < 1 or batch_tokens < 1:
@@ -80,7 +80,7 @@ def load_model(file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096) ->
 
 
 def warm_up(file: GGUFFile) -> float:
-    """Compiles, or loads from the disk cache, every kernel that scoring this file needs; returns seconds compiling.
+    """Compiles, or loads from disk, every kernel that scoring this file needs; seconds spent compiling.
 
     On a machine with several workers one of them calls this before the others start.
     """

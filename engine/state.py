@@ -18,11 +18,13 @@ class KVCache:
         capacity: positions of a slot, rounded up to whole softmax blocks.
         n_layers, n_kv_heads, head_width: of the model.
 
-    Memory is reserved here and touched when positions are written: 2 * 4 bytes per slot, position, layer, head and
-    feature (float32); `nbytes` is the reservation.
+    Memory is reserved here and touched when positions are written: 2 * 4 bytes per slot, position, layer,
+    head and feature (float32); `nbytes` is the reservation.
     """
 
-    def __init__(self, n_slots: int, capacity: int, *, n_layers: int, n_kv_heads: int, head_width: int) -> None:
+    def __init__(
+        self, n_slots: int, capacity: int, *, n_layers: int, n_kv_heads: int, head_width: int
+    ) -> None:
         if n_slots < 1 or capacity < 1:
             raise ValueError(f"{n_slots} slots of {capacity} positions; expected at least one of each")
         self.n_slots, self.capacity = n_slots, -(-capacity // BLOCK) * BLOCK
@@ -84,13 +86,14 @@ class KVCache:
         """
         if slots.max() >= self.n_slots or positions.max() >= self.capacity:
             raise CapacityError(
-                f"slot {slots.max()} or position {positions.max()} lies outside the cache of {self.n_slots} slots of "
-                f"{self.capacity} positions; allocate a larger one"
+                f"slot {slots.max()} or position {positions.max()} lies outside the cache of {self.n_slots} "
+                f"slots of {self.capacity} positions; allocate a larger one"
             )
         held = np.flatnonzero(self.present[slots, positions])
         if held.size:
             raise ValueError(
-                f"slot {slots[held[0]]} already holds position {positions[held[0]]}; remove it before it is decoded again"
+                f"slot {slots[held[0]]} already holds position {positions[held[0]]}; "
+                "remove it before it is decoded again"
             )
         self.present[slots, positions] = 1
 

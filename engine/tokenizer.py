@@ -100,6 +100,7 @@ class Tokenizer:
         Raises:
             UnicodeEncodeError: `text` has surrogates, which UTF-8 cannot hold.
         """
+        text.encode()  # surrogates: the library would call them a wrong type
         arrays = [_one(self.bos_id)] if add_special and self.add_bos else []
         n_dropped = 0
         for fragment in self._fragments(text, parse_special):

@@ -36,7 +36,7 @@ class Matrix:
         self._decode(self._data, first * self._blocks, count * self._blocks, out)
 
     def packed(self, first: int, count: int, scratch: Scratch, which: int = 0) -> NDArray[np.float32]:
-        """Rows [first, first + count) decoded and packed for the tile; lives in `scratch` until its next use."""
+        """Rows [first, first + count) decoded and packed for the tile, in `scratch` until its next use."""
         self.decode(first, count, scratch.rows)
         panels = -(-count // MR)
         packed = scratch.packs[which][: panels * MR * self.columns].reshape(panels, self.columns, MR)
@@ -62,12 +62,14 @@ def _tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> Tensor:
     if tensor is None:
         raise UnsupportedModel(f"{file.path}: tensor {name!r} is missing; is the file complete?")
     if tensor.shape != shape:
-        raise UnsupportedModel(f"{file.path}: tensor {name!r} has shape {tensor.shape}; its metadata asks for {shape}")
+        raise UnsupportedModel(
+            f"{file.path}: tensor {name!r} has shape {tensor.shape}; its metadata asks for {shape}"
+        )
     return tensor
 
 
 class Scratch:
-    """Working memory of one thread, allocated once; `nbytes` says how much. No size depends on the vocabulary."""
+    """Working memory of one thread, allocated once. No size in it depends on the vocabulary."""
 
     def __init__(self, depths: Sequence[int], head_width: int) -> None:
         floats = max(max(group_rows(d), HEAD_ROWS) * d for d in depths)
@@ -83,7 +85,16 @@ class Scratch:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        arrays = (self.rows, *self.packs, self.product, self.sums, self.query, self.scores, self.acc, self.lanes)
+        arrays = (
+            self.rows,
+            *self.packs,
+            self.product,
+            self.sums,
+            self.query,
+            self.scores,
+            self.acc,
+            self.lanes,
+        )
         return sum(a.nbytes for a in arrays)
 
 
@@ -119,9 +130,11 @@ def project_swiglu(
 
 
 class Crew:
-    """The threads of one model: each takes its share of a batch's panels through a stage; all meet at its end.
+    """The threads of one model: each takes its share of a batch's panels through a stage; all meet at its
+    end.
 
-    Kernels release the GIL, so plain threads run at once; a stage is a whole half layer, so the meeting is cheap.
+    Kernels release the GIL, so plain threads run at once; a stage is a whole half layer, so the meeting is
+    cheap.
     """
 
     def __init__(self, threads: int, make_scratch: Callable[[], Scratch]) -> None:

@@ -40,7 +40,8 @@ def quote_paths(words: Sequence[str]) -> list[str]:
 
 def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides and Hydra's flags with their values, apart; argparse reads them mixed only in part."""
-    overrides, flags = [], []
+    overrides: list[str] = []
+    flags: list[str] = []
     for i, word in enumerate(words):
         is_flag = word.startswith("-") or (i > 0 and words[i - 1] in _FLAGS_WITH_VALUE and "=" not in word)
         (flags if is_flag else overrides).append(word)

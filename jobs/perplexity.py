@@ -35,4 +35,4 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     from jobs import cli
 
-    sys.exit(cli.run(["perplexity", *sys.argv[1:]]))
+    cli.leave(cli.run(["perplexity", *sys.argv[1:]]))

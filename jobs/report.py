@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +31,7 @@ def show(summary: Mapping[str, Any], results: Path | None, console: Console | No
         for label, text in lines:
             console.print(f"[bold]{label.strip()}[/bold] {escape(text)}")
     elif lines:
-        table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="bold", overflow="fold")
         table.add_column(overflow="fold")
         for label, text in lines:
@@ -69,12 +68,12 @@ def _lines(s: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "model pages",
-                f"{s['model_resident_bytes'] / MB:,.1f} MB resident, shared once"
-                f" (summed over processes: {s['model_pss_sum_bytes'] / MB:,.1f} MB)",
+                f"{s['model_resident_bytes'] / MB:,.1f} MB resident, shared"
+                f" ({s['model_pss_sum_bytes'] / MB:,.1f} MB summed over processes)",
             )
         )
     if told("anonymous_bytes_max"):
-        lines.append(("memory of a worker's own", f"{s['anonymous_bytes_max'] / MB:,.1f} MB at most"))
+        lines.append(("memory of each worker", f"{s['anonymous_bytes_max'] / MB:,.1f} MB at most"))
     parts = [f"{s[key]:.1f} s {name}" for key, name in _TIMES if told(key)]
     if parts:
         lines.append(("time", ", ".join(parts)))

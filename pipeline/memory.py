@@ -28,7 +28,7 @@ def process_memory(model_path: str | os.PathLike[str]) -> dict[str, int | str]:
     """Memory of the calling process, in bytes.
 
     Args:
-        model_path: the file whose mappings are summed; matched by device and inode, so any of its names will do.
+        model_path: the file whose mappings are summed; matched by device and inode: any of its names will do.
 
     Returns:
         `host`, `pid`; `anonymous_bytes` of the whole process; and over all mappings of the file

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import datetime
-import logging
 import math
-import os
-import socket
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline import RunResult, metrics, provenance, store, tables
+from pipeline import RunResult, metrics, provenance, store
 from pipeline.cluster import open_executor
 from pipeline.errors import IncompleteError
 from pipeline.executor import ShardFailure
 from pipeline.memory import process_memory
 from pipeline.preflight import Prepared, prepared
-from pipeline.settings import PerplexitySettings
-from pipeline.tracking import DataInput, Tracker, open_tracker
+from pipeline.record import commit_row, track
+from pipeline.runtime import available_cores
+from pipeline.settings import ClusterSettings, PerplexitySettings
+from pipeline.tracking import Tracker, open_tracker
 from pipeline.worker import ShardResult
 
 if TYPE_CHECKING:
     from pipeline.progress import Progress
 
-log = logging.getLogger(__name__)
 _NAMED_AT_MOST = 5
 
 HEADLINES = (
@@ -44,6 +37,8 @@ HEADLINES = (
     "nll_sha256",
 )
 """Numbers of a finished run only; null in any other."""
+
+_SUMMED = ("nll_sum_nats", "nll_sq_sum", "n_scored", "n_bytes", "n_words")
 
 
 @dataclass
@@ -91,25 +86,11 @@ def _concluded(
         summary |= metrics.perplexity({name: windows.column(name).to_numpy() for name in _SUMMED})
         summary["n_tokens"] = int(windows.column("n_tokens").to_numpy().sum())
     summary["wall_s"] = time.perf_counter() - clock
-    row = _commit_row(ready, summary, warnings)
-    summary["mlflow_run_id"] = _track(tracker, ready, summary, [row], windows, began_s)
+    row = commit_row(ready, summary, warnings)
+    summary["mlflow_run_id"] = track(tracker, ready, summary, [row], windows, began_s)
     warnings += tracker.warnings
     summary |= {"warnings": warnings, "wall_s": time.perf_counter() - clock}
     return RunResult(summary, warnings, ready.spec.run_dir, int(summary["exit_code"]))
-
-
-_TAGGED = (
-    "run_key",
-    "measure_key",
-    "nll_sha256",
-    "model_sha256",
-    "tokens_sha256",
-    "version",
-    "numerics",
-    "exit_code",
-    "ok",
-)
-_SUMMED = ("nll_sum_nats", "nll_sq_sum", "n_scored", "n_bytes", "n_words")
 
 
 def _score(ready: Prepared, tracker: Tracker, progress: Progress | None) -> Scoring:
@@ -151,13 +132,13 @@ def _tell_done(ready: Prepared, progress: Progress) -> None:
     progress.start(ready.n_windows, n_done, n_scored=sum(counts), nll_sum=math.fsum(sums))
 
 
-def _no_idle_workers(ready: Prepared) -> Any:
+def _no_idle_workers(ready: Prepared) -> ClusterSettings:
     """A local cluster whose size was left open starts no more workers than there are shards to do."""
     cluster = ready.settings.cluster
     if cluster.kind != "local" or cluster.workers is not None:
         return cluster
-    fitting = max(1, len(os.sched_getaffinity(0)) // (cluster.threads_per_worker or 1))
-    return replace(cluster, workers=min(fitting, len(ready.todo)))
+    fitting = max(1, available_cores() // ready.settings.engine.threads)
+    return replace(cluster, workers=min(fitting, max(1, len(ready.todo))))
 
 
 def _blank(ready: Prepared) -> dict[str, Any]:
@@ -202,14 +183,11 @@ def _blank(ready: Prepared) -> dict[str, Any]:
 def _planned(ready: Prepared, clock: float) -> RunResult:
     """A dry run's answer: the plan, and nothing started."""
     s = ready.settings
-    cores = len(os.sched_getaffinity(0))
-    fitting = {"inline": 1, "local": max(1, cores // s.engine.threads)}.get(s.cluster.kind)
+    cluster = _no_idle_workers(ready)
     plan = {
         "dry_run": True,
         "n_tokens": ready.n_windows * s.protocol.window,
-        "n_workers": fitting
-        if s.cluster.workers is None or s.cluster.kind == "inline"
-        else s.cluster.workers,
+        "n_workers": 1 if cluster.kind == "inline" else cluster.workers,
         "shards_todo": len(ready.todo),
         "wall_s": time.perf_counter() - clock,
     }
@@ -221,18 +199,15 @@ def _figures(ready: Prepared, scoring: Scoring, resident: int) -> dict[str, Any]
     if not ready.todo:
         return {"n_workers": 0}
     workers = [entry for entry in scoring.memory if not entry.get("driver")]
-    mappers = {
-        (entry.get("host"), entry["pid"]): entry for entry in scoring.memory
-    }  # inline: the driver is the worker
+    # Keyed by process: inline, the driver is the worker and must not count twice.
+    shares = {(entry["host"], entry["pid"]): int(entry["pss_bytes"]) for entry in scoring.memory}
     return {
         "n_workers": len(scoring.ready),
         "compile_s": max((float(info["compile_s"]) for info in scoring.ready), default=None),
         "load_s": max((float(info["load_s"]) for info in scoring.ready), default=None),
         "tok_per_s": scoring.n_tokens / scoring.wall_s if scoring.n_tokens and scoring.wall_s > 0 else None,
         "model_resident_bytes": resident,
-        "model_pss_sum_bytes": sum(int(entry["pss_bytes"]) for entry in mappers.values())
-        if workers
-        else None,
+        "model_pss_sum_bytes": sum(shares.values()) if workers else None,
         "anonymous_bytes_max": max((int(entry["anonymous_bytes"]) for entry in workers), default=None),
     }
 
@@ -242,11 +217,9 @@ def _incomplete(ready: Prepared, missing: Sequence[Any], failures: Sequence[Shar
     named = []
     for shard in missing[:_NAMED_AT_MOST]:
         failure = causes.get(shard)
-        why = (
-            "was not finished"
-            if failure is None
-            else f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
-        )
+        why = "was not finished"
+        if failure is not None:
+            why = f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
         named.append(f"{shard.file_name}: {why}")
     if len(missing) > _NAMED_AT_MOST:
         named.append(f"and {len(missing) - _NAMED_AT_MOST} more")
@@ -254,72 +227,3 @@ def _incomplete(ready: Prepared, missing: Sequence[Any], failures: Sequence[Shar
         f"{len(missing)} of {len(ready.shards)} shards were set aside: " + "; ".join(named),
         "finished shards are kept: remove the cause and run the same command again",
     )
-
-
-def _commit_row(ready: Prepared, summary: dict[str, Any], warnings: list[str]) -> Path:
-    """The invocation's row of table=runs."""
-    s = ready.settings
-    now = datetime.datetime.now(datetime.UTC)
-    error = summary["error"]
-    known = {name: summary[name] for name in summary.keys() & set(tables.RUNS_SCHEMA.names)}
-    row = {
-        **known,
-        **ready.keys,
-        "finished_at": now,
-        "error": None if error is None else error["message"],
-        "warnings": warnings,
-        "model_path": s.model.path,
-        "data_name": s.data.name,
-        "data_path": s.data.path,
-        "host": socket.gethostname(),
-        "cluster": s.cluster.kind,
-        "cpu": provenance.cpu_model(),
-        "threads": s.engine.threads,
-        "batch_tokens": s.engine.batch_tokens,
-        "git_sha": provenance.git_sha(),
-        "versions": provenance.canonical_json(provenance.versions()),
-        "settings": provenance.canonical_json(asdict(s)),
-    }
-    folder = store.runs_folder(Path(s.paths.results), ready.spec.run_key)
-    path = folder / f"run-{now:%Y%m%dT%H%M%S.%fZ}.parquet"
-    store.commit(tables.table([row], tables.RUNS_SCHEMA), path, {"run_key": ready.spec.run_key})
-    return path
-
-
-def _track(
-    tracker: Tracker,
-    ready: Prepared,
-    summary: dict[str, Any],
-    files: list[Path],
-    windows: pa.Table | None,
-    began_s: float,
-) -> str | None:
-    """Log the run to MLflow; whatever goes wrong there costs a warning."""
-    s = ready.settings
-    tags = {name: summary[name] for name in _TAGGED} | {"git_sha": provenance.git_sha(), "job": "perplexity"}
-    numbers = {
-        name: value
-        for name, value in summary.items()
-        if isinstance(value, (int, float)) and name not in _TAGGED
-    }
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            if windows is not None:
-                files = [*files, Path(folder) / "windows.parquet"]
-                pq.write_table(windows, files[-1], compression="zstd")
-            return tracker.log_run(
-                f"{Path(s.model.path).stem} on {s.data.name}",
-                asdict(s),
-                numbers,
-                tags,
-                [*files, Path(ready.spec.run_dir) / "plan.json"],
-                DataInput(s.data.name, s.data.path, ready.measure["data_sha256"]),
-                complete=bool(summary["ok"]),
-                started_s=began_s,
-            )
-    except Exception as error:  # the tables are complete; nothing about an index may take them away
-        log.debug("tracking", exc_info=True)
-        tracker.warnings.append(
-            f"not logged to MLflow: {type(error).__name__}: {error}; the tables are complete"
-        )
-        return None

@@ -1,4 +1,4 @@
-"""How a run shows that it moves: a live bar on a terminal, log lines anywhere else; on standard error only."""
+"""How a run shows that it moves: a live bar on a terminal, log lines elsewhere; on standard error only."""
 
 from __future__ import annotations
 

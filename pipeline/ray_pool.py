@@ -276,7 +276,7 @@ class Pool:
             self._launch(actor.node)
 
     def _lost(self, actor: Actor, error: BaseException) -> None:
-        """A call was lost: probe an actor that Ray restarts, replace one it gave up unless its place is barren."""
+        """A call was lost: probe an actor that Ray restarts, replace one that it gave up."""
         errors = self._ray.exceptions
         if not isinstance(error, (errors.ActorDiedError, errors.ActorUnschedulableError)):
             self._probe(actor)

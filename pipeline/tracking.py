@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,7 +31,6 @@ from pipeline.settings import TrackingSettings
 
 PROBE_TIMEOUT_S = 2.0
 LOG_TIMEOUT_S = 120.0
-CLOSE_TIMEOUT_S = 5.0
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 5000, 250  # MLflow's limits for a value and a key
 MAX_DIGEST = 32  # characters of a data set's digest; a whole SHA-256 is refused, so it is a tag as well
 LATER = "run the same command again: finished shards are reused, nothing is computed twice"
@@ -89,8 +89,8 @@ class Tracker(Protocol):
             name: of the run, for people.
             params: the resolved settings, nested as they are.
             metrics: None and what is not finite is left out.
-            tags: `run_key` must be among them; runs that carry the same one and were left RUNNING by a driver that
-                was killed are marked KILLED.
+            tags: `run_key` must be among them; runs that carry the same one and were left RUNNING, by a driver
+                that was killed, are marked KILLED.
             artifacts: small files.
             complete: False marks the run FAILED.
             started_s: when it began, seconds since the epoch.
@@ -146,7 +146,7 @@ class MlflowTracker:
     """Logs to a tracking URI through a child process.
 
     Args:
-        artifacts: folder of the experiment's artifacts, should it have to be created; None leaves it to the server.
+        artifacts: folder for the artifacts of an experiment that is new; None leaves it to the server.
     """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
@@ -222,14 +222,9 @@ class MlflowTracker:
 
     def close(self) -> None:
         child, self._child = self._child, None
-        if child is None:
-            return
-        try:
-            child.communicate(timeout=CLOSE_TIMEOUT_S)
-        except (OSError, subprocess.TimeoutExpired):
-            # Not killed: it may be in the middle of creating the database. It ends by itself, its input is
-            # closed.
-            log.debug("the MLflow process is still busy")
+        if child is not None:
+            # Not killed: it may be in the middle of creating the database. It ends when its input does.
+            threading.Thread(target=child.communicate, daemon=True).start()
 
     def _warn(self, problem: str) -> None:
         warning = f"MLflow at {self._target['uri']}: {problem}; this run is not logged. Later: {LATER}"

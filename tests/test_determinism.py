@@ -1,4 +1,5 @@
-"""One `nll_sha256`, whatever computes it and whatever dies on the way: the command line, the real engine, a real model.
+"""One `nll_sha256`, whatever computes it and whatever dies on the way: the command line, the real engine, a
+real model.
 
 Windows are short (64 tokens) and shards hold one window, so that there is a middle to be killed in.
 """
@@ -20,13 +21,14 @@ from tests.engine.test_bits import AVX2
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-N_WINDOWS = 24
+N_WINDOWS = 16
 
 
 def command(model: Path, results: Path, *words: str) -> list[str]:
     return [
         sys.executable, "-m", "jobs.perplexity", f"model.path={model}", "data=pydoc", "protocol.window=64",
-        f"protocol.limit={N_WINDOWS}", "cluster.windows_per_shard=1", "tracking=none", f"paths.results={results}", *words,
+        f"protocol.limit={N_WINDOWS}", "cluster.windows_per_shard=1", "tracking=none",
+        f"paths.results={results}", *words,
     ]  # fmt: skip
 
 
@@ -36,7 +38,11 @@ def outcome(run: subprocess.CompletedProcess[str]) -> dict:
 
 def perplexity(model: Path, results: Path, *words: str, environment: dict[str, str] | None = None) -> dict:
     run = subprocess.run(
-        command(model, results, *words), env=os.environ | (environment or {}), capture_output=True, text=True, check=False
+        command(model, results, *words),
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return outcome(run)
@@ -76,7 +82,7 @@ def engine_workers(run: subprocess.Popen[str], model: Path) -> list[psutil.Proce
     ("words", "environment"),
     [
         (["cluster=inline", "engine.batch_tokens=512", "cluster.windows_per_shard=8"], {}),
-        (["cluster=inline", "engine.batch_tokens=4096", "cluster.windows_per_shard=24"], {}),
+        (["cluster=inline", "engine.batch_tokens=4096", "cluster.windows_per_shard=16"], {}),
         (["cluster=inline", "engine.threads=2", "cluster.windows_per_shard=8"], {}),
         (["cluster=inline", "engine.batch_tokens=50"], {}),
         (["cluster=inline"], AVX2),
@@ -115,7 +121,7 @@ def test_bits_survive_the_kill_of_the_driver_and_nothing_is_computed_twice(smoll
     workers = engine_workers(run, smollm2)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    gone, alive = psutil.wait_procs(workers, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, "workers outlived their driver by half a minute"
     before = {path: path.stat().st_ino for path in shards(tmp_path)}
     assert 1 <= len(before) < N_WINDOWS, "the kill came too late to prove anything"

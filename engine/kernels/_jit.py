@@ -1,12 +1,14 @@
 """The one door to Numba: how kernels are compiled and where their machine code is kept.
 
-Flags live here only. Every kernel is compiled without fast-math: nothing that feeds a score may be reassociated or
-contracted by the compiler, a fused multiply-add is written out (`engine.kernels.simd.fma`), denormals are kept.
+Flags live here only. Every kernel is compiled without fast-math: nothing that feeds a score may be
+reassociated or contracted by the compiler, a fused multiply-add is written out (`engine.kernels.simd.fma`),
+denormals are kept.
 
-Numba's own cache does not notice an edit in another file (a helper, a constant), so the cache directory is named by a
-digest of all sources that hold kernels, and of the versions of Numba and llvmlite; the CPU's name and features are part
-of Numba's index key, so one directory serves unlike machines. The path of the installation is not part of the key: the
-same sources at another path (a fresh clone, a Ray upload) find the same machine code.
+Numba's own cache does not notice an edit in another file (a helper, a constant), so the cache directory is
+named by a digest of all sources that hold kernels, and of the versions of Numba and llvmlite; the CPU's name
+and features are part of Numba's index key, so one directory serves unlike machines. The path of the
+installation is not part of the key: the same sources at another path (a fresh clone, a Ray upload) find the
+same machine code.
 """
 
 from __future__ import annotations
@@ -52,13 +54,17 @@ def cache_dir() -> Path | None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        log.warning("compiled kernels cannot be kept in %s (%s): every process compiles anew; set NUMBA_CACHE_DIR", path, error)
+        log.warning(
+            "compiled kernels cannot be kept in %s (%s): every process compiles anew; set NUMBA_CACHE_DIR",
+            path,
+            error,
+        )
         return None
     return path
 
 
 class _Locator(_CacheLocator):
-    """Places a kernel's code by its module's path inside the package, stamped with the digest of all sources."""
+    """Places a kernel's code by its module's path in the package; stamped with the digest of all sources."""
 
     def __init__(self, function: Callable[..., Any], source: str) -> None:
         self._line = function.__code__.co_firstlineno
@@ -92,7 +98,8 @@ class _Cache(FunctionCache):
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a kernel on its first call: no GIL, no fast-math, division as NumPy does it.
 
-    The machine code of the engine's own kernels is kept on disk; a kernel written elsewhere (a test's) is not.
+    The machine code of the engine's own kernels is kept on disk; a kernel written elsewhere (a test's) is
+    not.
     """
     dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
     ours = _ENGINE in Path(function.__code__.co_filename).resolve().parents

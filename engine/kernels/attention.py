@@ -1,15 +1,16 @@
 """Causal grouped-query attention of one layer over a ragged batch, and the key/value store it reads.
 
-A task is up to NR queries of one sequence. Keys are walked by position in blocks of BLOCK anchored at position 0,
-whatever the batch: scores of a block by the register tile (depth K in rising order), a running maximum per query, our
-own exp, then the values by the tile again (one chain over positions in rising order). A masked key has weight exactly 0
-and adds nothing, so a query's bits do not depend on its neighbours in the task. Never a full T x T matrix.
+A task is up to NR queries of one sequence. Keys are walked by position in blocks of BLOCK anchored at
+position 0, whatever the batch: scores of a block by the register tile (depth K in rising order), a running
+maximum per query, our own exp, then the values by the tile again (one chain over positions in rising order).
+A masked key has weight exactly 0 and adds nothing, so a query's bits do not depend on its neighbours in the
+task. Never a full T x T matrix.
 
     keys of a slot and kv head:   (C / KEYS, K, KEYS)   packed as the tile's A operand
     values of the same:           (C, Kp)               Kp = K rounded up to MR; a row of K values is A's row
 
-Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries); Milakov and Gimelshein 2018, arXiv:1805.02867 (online
-softmax).
+Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries); Milakov and Gimelshein 2018, arXiv:1805.02867
+(online softmax).
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ KEYS = 16  # keys of a packed run; a multiple of MR at every vector width
 BLOCK = 64  # keys of a softmax block: part of the bits
 
 _MASKED = np.float32(-np.inf)
-_LOWEST = np.float32(-1e30)  # start of the running maximum: finite, so that a block without any key stays harmless
+_LOWEST = np.float32(
+    -1e30
+)  # start of the running maximum: finite, so that a block without any key stays harmless
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @kernel
 def store_keys_values(k, v, slots, positions, first, last, keys, values):
-    """Writes tokens first <= t < last of k, v (P, G * K, NR) to their slot and position in keys, values of one layer."""
+    """Writes tokens first <= t < last of k, v (P, G * K, NR) to their slots and positions in one layer."""
     n_groups, width = keys.shape[1], keys.shape[3]
     for t in range(first, last):
         p, lane, slot, c = t // NR, t % NR, slots[t], positions[t]
@@ -42,7 +45,9 @@ def store_keys_values(k, v, slots, positions, first, last, keys, values):
 
 
 @kernel
-def attend(q, n_heads, scale, positions, slots, present, starts, counts, keys, values, query, scores, acc, lanes, out):
+def attend(
+    q, n_heads, scale, positions, slots, present, starts, counts, keys, values, query, scores, acc, lanes, out
+):
     """out = softmax(scale q k^T) v for every task (starts[i], counts[i]) of neighbouring tokens of one slot.
 
     Args:
@@ -77,7 +82,10 @@ def attend(q, n_heads, scale, positions, slots, present, starts, counts, keys, v
                     acc[d, i] = _ZERO
             for j0 in range(0, latest + 1, BLOCK):
                 n_keys = min(BLOCK, latest + 1 - j0)
-                base = keys.ctypes.data + ((slot * n_groups + g) * (capacity // KEYS) + j0 // KEYS) * width * KEYS * 4
+                base = (
+                    keys.ctypes.data
+                    + ((slot * n_groups + g) * (capacity // KEYS) + j0 // KEYS) * width * KEYS * 4
+                )
                 for j in range(0, n_keys, MR):
                     a = base + ((j // KEYS) * width * KEYS + j % KEYS) * 4
                     c = scores.ctypes.data + j * NR * 4

@@ -1,7 +1,8 @@
 """The output head fused with log-sum-exp over vocabulary blocks: no row of logits is ever kept.
 
-A block is HEAD_ROWS vocabulary rows anchored at row 0. Per token and block: the largest logit, then the sum of
-exp(logit - maximum) in float64 in rising row order, folded into the running (maximum, sum) of the earlier blocks.
+A block is HEAD_ROWS vocabulary rows anchored at row 0. Per token and block: the largest logit, then the sum
+of exp(logit - maximum) in float64 in rising row order, folded into the running (maximum, sum) of the earlier
+blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _LOWEST = np.float32(-3.0e38)
 
 @kernel
 def gather_columns(x, tokens, width, out):
-    """out[i // NR, d, i % NR] = x[t // NR, d, t % NR] for t = tokens[i]; float32 panels, tokens (n,) int64."""
+    """out[i // NR, d, i % NR] = x[t // NR, d, t % NR] for t = tokens[i]: float32 panels, (n,) int64."""
     for i in range(tokens.size):
         t = tokens[i]
         for d in range(width):
@@ -32,8 +33,8 @@ def score_block(packed, n_rows, x, row0, first, last, n_tokens, targets, logits,
     """Folds vocabulary rows [row0, row0 + n_rows) into the running log-sum-exp of panels first <= p < last.
 
     packed: (HEAD_ROWS / MR, D, MR); x: (P, >= D, NR) float32; targets: (T,) int32 token ids;
-    logits: (HEAD_ROWS, NR) float32 and largest: (NR,) float64 scratch; top, total, hit: (P, NR) float64 state: running
-    maximum, sum of exp(logit - top), and the target's logit.
+    logits: (HEAD_ROWS, NR) float32 and largest: (NR,) float64 scratch; top, total, hit: (P, NR) float64
+    state: running maximum, sum of exp(logit - top), and the target's logit.
     """
     depth = packed.shape[1]
     for p in range(first, last):

@@ -3,9 +3,9 @@
 The C library's differ between versions and CPUs, and a score must not. Each is a polynomial in explicit fused
 multiply-adds; as scalars in a loop LLVM vectorizes them over tokens.
 
-Reduction and series are the textbook ones (Cody and Waite 1980; Taylor coefficients in float64, Cephes' minimax
-polynomial for float32 exp). Largest errors, measured in tests/engine/test_maths.py: exp32 1.2e-7 relative,
-exp64 3e-16 relative, log64 3e-16 relative, sincos64 3e-16 absolute for angles up to 1e6.
+Reduction and series are the textbook ones (Cody and Waite 1980; Taylor coefficients in float64, Cephes'
+minimax polynomial for float32 exp). Largest errors, measured in tests/engine/test_maths.py: exp32 1.2e-7
+relative, exp64 3e-16 relative, log64 3e-16 relative, sincos64 3e-16 absolute for angles up to 1e6.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from engine.kernels._jit import kernel
 from engine.kernels.simd import bits_to_f32, bits_to_f64, f32_to_bits, f64_to_bits, fma, fma64
 
 _F32 = np.float32
-_LOG2E_32, _MAGIC_32 = _F32(1.44269504088896341), _F32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer
+_LOG2E_32, _MAGIC_32 = (
+    _F32(1.44269504088896341),
+    _F32(12582912.0),
+)  # 1.5 * 2**23: adding it rounds to an integer
 _LN2_HI_32, _LN2_LO_32 = _F32(0.693359375), _F32(-2.12194440e-4)
 _E5, _E4, _E3 = _F32(1.9875691500e-4), _F32(1.3981999507e-3), _F32(8.3334519073e-3)
 _E2, _E1, _E0 = _F32(4.1665795894e-2), _F32(1.6666665459e-1), _F32(5.0000001201e-1)
@@ -33,7 +36,7 @@ _PIO2_HI, _PIO2_MID, _PIO2_LO = 1.5707963267948966, 6.123233995736766e-17, -1.49
 
 @kernel
 def exp32(x):
-    """float32 exp(x) for x <= 88; 0 below -87 (a masked score gives exactly 0), NaN of NaN; exp32(0) is exactly 1."""
+    """float32 exp(x) for x <= 88; 0 below -87 (so of a masked score), NaN of NaN; exp32(0) is exactly 1."""
     clamped = min(max(x, _LOWEST_32), _HIGHEST_32)
     shifted = fma(clamped, _LOG2E_32, _MAGIC_32)
     n = shifted - _MAGIC_32

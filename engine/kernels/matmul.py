@@ -1,13 +1,14 @@
 """Weights times activations: packing decoded rows, and the loops around the register tile.
 
-Activations live in panels: (P, rows, NR) float32, NR tokens side by side, feature after feature. A panel is exactly the
-B operand of the tile, so nothing is packed on the activations' side, elementwise kernels vectorize over tokens, and the
-tile writes its output where the next product reads it.
+Activations live in panels: (P, rows, NR) float32, NR tokens side by side, feature after feature. A panel is
+exactly the B operand of the tile, so nothing is packed on the activations' side, elementwise kernels
+vectorize over tokens, and the tile writes its output where the next product reads it.
 
-Blocking: a group of weight rows, decoded and packed (GROUP_FLOATS, about 400 KB), stays in the second-level cache while
-all panels pass; within a panel the depth is cut into blocks of DEPTH so that a B block of DEPTH x NR stays close.
-Measured on Zen 4 (one thread, 2026-11, share of the tile's ceiling in the same process, 512 and 2,048 tokens):
-DEPTH 96 0.87-0.97, 192 0.88-0.97, 288 0.91-0.98, whole depth 0.90-0.99; walking a group of panels under each A panel
+Blocking: a group of weight rows, decoded and packed (GROUP_FLOATS, about 400 KB), stays in the second-level
+cache while all panels pass; within a panel the depth is cut into blocks of DEPTH so that a B block of DEPTH x
+NR stays close. Measured on Zen 4 (one thread, 2026-11, share of the tile's ceiling in the same process, 512
+and 2,048 tokens): DEPTH 96 0.87-0.97, 192 0.88-0.97, 288 0.91-0.98, whole depth 0.90-0.99; walking a group of
+panels under each A panel
 instead: no better (0.88-0.98).
 """
 
@@ -68,7 +69,8 @@ def _panel_product(packed, n_rows, depth, x, out, n_vectors):
 def multiply(packed, n_rows, x, row0, first, last, n_tokens, out):
     """out[p, row0 + r, t] = sum_k weight[r, k] x[p, k, t] for panels first <= p < last.
 
-    packed: (n_rows / MR, depth, MR) float32; x: (P, >= depth, NR); out: (P, rows, NR) where rows is a multiple of MR.
+    packed: (n_rows / MR, depth, MR) float32; x: (P, >= depth, NR); out: (P, rows, NR) where rows is a
+    multiple of MR.
     """
     depth = packed.shape[1]
     for p in range(first, last):

@@ -12,8 +12,9 @@ from engine.kernels.tile import NR
 def add_rms_norm(x, delta, weight, eps, first, last, sums, out):
     """x += delta; out = x / sqrt(mean over D of x^2 + eps) * weight, for panels first <= p < last.
 
-    x, delta, out: (P, >= D, NR) float32, `out` may be `delta`; weight: (D,) float32; sums: (NR,) float64 scratch.
-    The sum of squares is one float64 chain over D in rising order. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    x, delta, out: (P, >= D, NR) float32, `out` may be `delta`; weight: (D,) float32; sums: (NR,) float64
+    scratch. The sum of squares is one float64 chain over D in rising order. Source: Zhang and Sennrich 2019,
+    arXiv:1910.07467.
     """
     width = weight.size
     for p in range(first, last):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from engine.kernels._jit import kernel
 from engine.kernels.maths import exp64, log64, sincos64
 from engine.kernels.simd import fma
@@ -28,7 +26,7 @@ def rope_table(positions, base, cos, sin):
 
 @kernel
 def rotate(x, n_heads, head_width, cos, sin, first, last):
-    """Rotates the first 2 * half features of every head in place; x: (P, n_heads * head_width, NR) float32."""
+    """Rotates the first 2 * half features of every head in place; x: (P, H * head_width, NR) float32."""
     half = cos.shape[1]
     for p in range(first, last):
         for h in range(n_heads):

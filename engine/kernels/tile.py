@@ -5,16 +5,17 @@ The order of operations, on which every bit of every score rests (all kernels fo
     an output is ONE chain of float32 fused multiply-adds over the depth k, in rising order, from zero:
         c = fma(a[k], b[k], c)        for k = 0, 1, ... depth - 1
 
-A depth-blocked product carries the chain on by loading C into the accumulators (`resume`). The vector lanes run over
-tokens (columns of B and C), never over k, so neither the width of the registers, nor the shape of the tile, nor the
-number of tokens in the batch can change a bit. `llvm.fma` rounds once everywhere, in hardware or in software.
+A depth-blocked product carries the chain on by loading C into the accumulators (`resume`). The vector lanes
+run over tokens (columns of B and C), never over k, so neither the width of the registers, nor the shape of
+the tile, nor the number of tokens in the batch can change a bit. `llvm.fma` rounds once everywhere, in
+hardware or in software.
 
     A: depth x MR   weights (or keys, values), row k at a + k * lda: MR scalars that are broadcast
     B: depth x n    activations, row k at b + k * ldb: NV vectors of LANES tokens
     C: MR x n       row r at c + r * ldc
 
-Shapes: with AVX-512 8 x (3 x 16) uses 24 accumulators of 32 registers; AVX2 has 16 registers of 8 lanes, hence
-4 x (3 x 8). A CPU without either runs the AVX2 shape as LLVM splits it: slow, same bits.
+Shapes: with AVX-512 8 x (3 x 16) uses 24 accumulators of 32 registers; AVX2 has 16 registers of 8 lanes,
+hence 4 x (3 x 8). A CPU without either runs the AVX2 shape as LLVM splits it: slow, same bits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from engine.machine import cpu_features
 from engine.kernels._jit import kernel
+from engine.machine import cpu_features
 
 LANES = 16 if "avx512f" in cpu_features() else 8
 MR = LANES // 2
@@ -89,7 +90,9 @@ def _tile_of(n_vectors: int):
             for r in range(MR):
                 lane = builder.insert_element(undef, load(at(ak, r)), i32(0))
                 row = builder.shuffle_vector(lane, undef, splat)
-                new += [builder.call(fma, [row, columns[v], acc[r * n_vectors + v]]) for v in range(n_vectors)]
+                new += [
+                    builder.call(fma, [row, columns[v], acc[r * n_vectors + v]]) for v in range(n_vectors)
+                ]
             following = [builder.add(k, i64(1)), at(ak, a_stride), at(bk, b_stride), *new]
             for phi, value in zip([k, ak, bk, *acc], following, strict=True):
                 phi.add_incoming(value, loop)
@@ -110,7 +113,7 @@ _tile1, _tile2, _tile3 = (_tile_of(n) for n in (1, 2, 3))
 
 @kernel
 def tile(a, lda, b, ldb, c, ldc, depth, resume, n_vectors):
-    """C[MR, n_vectors * LANES] = (resume ? C : 0) + A B; addresses are intp, strides in floats, depth >= 1."""
+    """C[MR, n_vectors * LANES] = (resume ? C : 0) + A B; addresses intp, strides in floats, depth >= 1."""
     if n_vectors == 3:
         _tile3(a, lda, b, ldb, c, ldc, depth, resume)
     elif n_vectors == 2:

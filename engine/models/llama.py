@@ -3,10 +3,12 @@
     x = embed(tokens)
     for each layer:  x = x + attn_output(attend(rope(Wq n), rope(Wk n), Wv n))     n = rms_norm(x) * attn_norm
                      x = x + ffn_down(silu(ffn_gate n) * ffn_up n)                 n = rms_norm(x) * ffn_norm
-    logits = output (rms_norm(x) * output_norm)                                    output = token_embd when tied
+    logits = output (rms_norm(x) * output_norm)                                    output = token_embd when
+    tied
 
-Sources: Touvron et al. 2023, arXiv:2302.13971; GGUF's tensor names. Activations are panels (engine.kernels.matmul); each
-projection leaves its result in `normed`, and the next norm adds it to the residual `x` on the way.
+Sources: Touvron et al. 2023, arXiv:2302.13971; GGUF's tensor names. Activations are panels
+(engine.kernels.matmul); each projection leaves its result in `normed`, and the next norm adds it to the
+residual `x` on the way.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ class Llama:
     def new_cache(self, n_slots: int, capacity: int) -> KVCache:
         """A cache of `n_slots` sequences of up to `capacity` positions."""
         p = self.params
-        return KVCache(n_slots, capacity, n_layers=p.n_layers, n_kv_heads=p.n_kv_heads, head_width=p.head_width)
+        return KVCache(
+            n_slots, capacity, n_layers=p.n_layers, n_kv_heads=p.n_kv_heads, head_width=p.head_width
+        )
 
     def nll(self, batch: Batch, cache: KVCache) -> NDArray[np.float64]:
         """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,)."""
@@ -106,7 +110,8 @@ class Llama:
             raise ValueError(f"target {targets.max()} of a vocabulary of {self.n_vocab}")
         self._gather(batch, rows)
         top, total, hit = self._state
-        top.fill(-3.0e38), total.fill(0.0), hit.fill(0.0)
+        for array, start in ((top, -3.0e38), (total, 0.0), (hit, 0.0)):
+            array.fill(start)
         self._crew.run(self._score, self._crew.parts(rows.size), targets)
         out = np.empty(rows.size, np.float64)
         negative_log_likelihoods(top, total, hit, out)
@@ -123,13 +128,15 @@ class Llama:
         return out
 
     def _forward(self, batch: Batch, cache: KVCache) -> None:
-        """Runs the layers; afterwards `normed` holds the final norm of the tokens in the order `batch.order`."""
+        """Runs the layers; then `normed` holds the final norm of the tokens in the order `batch.order`."""
         size = len(batch)
         if size > self.batch_tokens:
             raise CapacityError(f"a batch of {size} tokens; the model was loaded for {self.batch_tokens}")
         tokens = batch.tokens[batch.order]
         if tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            raise ValueError(f"token ids from {tokens.min()} to {tokens.max()}; expected 0 to {self.n_vocab - 1}")
+            raise ValueError(
+                f"token ids from {tokens.min()} to {tokens.max()}; expected 0 to {self.n_vocab - 1}"
+            )
         slots, positions = batch.slots[batch.order], batch.positions[batch.order]
         cache.claim(slots, positions)
         parts = self._crew.parts(size)
@@ -140,7 +147,9 @@ class Llama:
             keys, values = cache.keys[index], cache.values[index]
             self._crew.run(self._project_qkv, parts, layer, slots, positions, keys, values)
             todo = dict(zip((part.first for part in parts), tasks, strict=True))
-            self._crew.run(self._attend_and_feed, parts, layer, slots, positions, cache.present, keys, values, todo)
+            self._crew.run(
+                self._attend_and_feed, parts, layer, slots, positions, cache.present, keys, values, todo
+            )
         self._crew.run(self._norm, parts, self._output_norm)
 
     def _embed(self, part: Part, tokens: NDArray[np.int32]) -> None:
@@ -242,9 +251,11 @@ def _refuse_strangers(file: GGUFFile, p: LlamaParams) -> None:
     """Raises UnsupportedModel for tensors that the forward pass would silently ignore."""
     block = "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down".split()
     known = {f"blk.{i}.{name}.weight" for i in range(p.n_layers) for name in block}
-    strangers = sorted(file.tensors.keys() - known - {"token_embd.weight", "output.weight", "output_norm.weight"})
+    strangers = sorted(
+        file.tensors.keys() - known - {"token_embd.weight", "output.weight", "output_norm.weight"}
+    )
     if strangers:
         raise UnsupportedModel(
-            f"{file.path}: tensor {strangers[0]!r} ({len(strangers)} such) has no place in the {p.architecture} "
-            "architecture as computed here; biases, experts and rotary factors are not supported"
+            f"{file.path}: tensor {strangers[0]!r} ({len(strangers)} such) has no place in the "
+            f"{p.architecture} architecture as computed here (no biases, experts or rotary factors)"
         )

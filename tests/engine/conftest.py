@@ -41,7 +41,16 @@ def tiny_path(tmp_path_factory):
     """Odd widths, grouped queries, untied: a file of 2 layers."""
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     return tiny_llama(
-        path, seed=1, width=72, n_heads=6, n_kv_heads=2, ff=100, vocab=333, tied=False, context=1024, head_width=12
+        path,
+        seed=1,
+        width=72,
+        n_heads=6,
+        n_kv_heads=2,
+        ff=100,
+        vocab=333,
+        tied=False,
+        context=1024,
+        head_width=12,
     )
 
 

@@ -58,8 +58,12 @@ def test_product_is_one_fma_chain_in_rising_order():
     out = panels(np.zeros((MR, MR), np.float32))
     multiply(packed(weight), MR, panels(x), 0, 0, 1, MR, out)
     chain = np.zeros((MR, MR), np.float32)
-    for k in range(300):  # the exact product fits 48 bits, so float64 holds it and rounds once more: nearly always fma
-        chain = (x[:, k : k + 1].astype(np.float64) * weight[:, k].astype(np.float64) + chain).astype(np.float32)
+    for k in range(
+        300
+    ):  # the exact product fits 48 bits, so float64 holds it and rounds once more: nearly always fma
+        chain = (x[:, k : k + 1].astype(np.float64) * weight[:, k].astype(np.float64) + chain).astype(
+            np.float32
+        )
     np.testing.assert_allclose(columns(out, MR, MR), chain, rtol=0, atol=2e-6)
     assert (columns(out, MR, MR) == chain).mean() > 0.9
 
@@ -81,7 +85,9 @@ def test_swiglu_equals_float64(n):
     gate, up = (rng.normal(size=(20, 33)).astype(np.float32) for _ in range(2))
     x = rng.normal(size=(n, 33)).astype(np.float32)
     out = panels(np.zeros((n, 20), np.float32))
-    multiply_swiglu(packed(gate), packed(up), 20, panels(x), 0, 0, len(out), n, np.zeros((512, NR), np.float32), out)
+    multiply_swiglu(
+        packed(gate), packed(up), 20, panels(x), 0, 0, len(out), n, np.zeros((512, NR), np.float32), out
+    )
     g, u = x.astype(np.float64) @ gate.T, x.astype(np.float64) @ up.T
     np.testing.assert_allclose(columns(out, n, 20), g / (1 + np.exp(-g)) * u, rtol=2e-5, atol=2e-5)
 

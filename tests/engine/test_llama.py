@@ -32,7 +32,9 @@ def test_nll_and_logits_equal_float64(tmp_path, shape):
     scorer = Scorer(path)
     tokens = tokens_of(150, vocab=scorer.model.n_vocab)
     reference = ReferenceLlama(path)
-    np.testing.assert_allclose(scorer.score(tokens), reference.nll(tokens[:-1], tokens[1:]), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        scorer.score(tokens), reference.nll(tokens[:-1], tokens[1:]), rtol=0, atol=2e-5
+    )
     batch = engine.Batch(tokens, np.arange(150), outputs=np.arange(150) % 7 == 0)
     logits = scorer.model.logits(batch, scorer.model.new_cache(1, 150))
     expected = reference.logits(tokens)[::7]
@@ -147,7 +149,9 @@ def test_keep_and_clear_leave_what_they_say(tiny_model):
 
 def test_head_scratch_does_not_grow_with_the_vocabulary(tmp_path):
     small, large = (
-        Scorer(tiny_llama(tmp_path / f"{v}.gguf", vocab=v, n_layers=1, width=32, ff=32), batch_tokens=64).model
+        Scorer(
+            tiny_llama(tmp_path / f"{v}.gguf", vocab=v, n_layers=1, width=32, ff=32), batch_tokens=64
+        ).model
         for v in (1_000, 200_000)
     )
     assert small.nbytes == large.nbytes
@@ -156,7 +160,9 @@ def test_head_scratch_does_not_grow_with_the_vocabulary(tmp_path):
 def test_nll_allocates_no_row_of_logits(tmp_path):
     import tracemalloc
 
-    scorer = Scorer(tiny_llama(tmp_path / "m.gguf", vocab=200_000, n_layers=1, width=32, ff=32), batch_tokens=64)
+    scorer = Scorer(
+        tiny_llama(tmp_path / "m.gguf", vocab=200_000, n_layers=1, width=32, ff=32), batch_tokens=64
+    )
     tokens = tokens_of(64)
     scorer.score(tokens)
     tracemalloc.start()
@@ -171,7 +177,9 @@ def test_nan_weight_gives_nan_not_a_number_that_looks_right(tmp_path):
     with engine.open(path) as file:
         offset = file.tensors["token_embd.weight"].offset
     raw = bytearray(path.read_bytes())
-    raw[offset + 4 * 64 * 5 : offset + 4 * 64 * 5 + 4] = np.float32(np.nan).tobytes()  # row 5: one logit is NaN
+    raw[offset + 4 * 64 * 5 : offset + 4 * 64 * 5 + 4] = np.float32(
+        np.nan
+    ).tobytes()  # row 5: one logit is NaN
     path.write_bytes(raw)
     assert np.isnan(Scorer(path).score(np.array([7, 8, 9]))).all()
 

@@ -65,7 +65,9 @@ def test_log64_is_within_two_ulp():
 
 
 def test_sincos64_is_exact_to_rounding_up_to_long_contexts():
-    x = np.concatenate([np.linspace(-10, 10, 300_001), np.linspace(0, 1e6, 300_001), np.arange(0.0, 131072.0)])
+    x = np.concatenate(
+        [np.linspace(-10, 10, 300_001), np.linspace(0, 1e6, 300_001), np.arange(0.0, 131072.0)]
+    )
     sin, cos = np.empty_like(x), np.empty_like(x)
     _sincos64_all(x, sin, cos)
     assert np.abs(sin - np.sin(x.astype(np.longdouble))).max() < 4e-16

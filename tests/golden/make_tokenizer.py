@@ -158,7 +158,7 @@ def tiny_vocabulary() -> dict[str, Any]:
     special |= {"<unk>": 2, "<pad>": 5, "<0x41>": 6, "": 1, "\u2581raw text": 1}
     special |= dict.fromkeys(["<tool>", "<a>", "<a><b>", "b><", "   "], 4)
     special |= {"<|im_end|>": 4}  # a control token all the same, by its name
-    tokens = [*special, *(alphabet[byte] for byte in range(256) if byte not in (0x04, 0x06, 0xF1, 0xF3))]
+    tokens = [*special, *(alphabet[byte] for byte in range(256) if byte not in (0x04, 0x06, 0xF1, 0xF5))]
     starts, tails = [*range(128), *range(0xC2, 0xF5)], range(0x80, 0xC0)
     common = b" \t\n\r'0123456789abdelmrstvxSTRELV.,!?$+<=>^~|_-"
     pairs = [
@@ -193,11 +193,14 @@ def vocabulary_of(path: str | Path) -> dict[str, Any]:
     """The tokenizer's metadata of a GGUF file, to write them into another."""
     with engine.open(path) as file:
         found = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.ggml.")}
-        return {
-            key: Typed("str", value.to_list()) if hasattr(value, "to_list") else np.array(value)
-            if isinstance(value, np.ndarray) else value
-            for key, value in found.items()
-        }  # fmt: skip
+        return {key: _copied(value) for key, value in found.items()}
+
+
+def _copied(value: Any) -> Any:
+    """A metadata value that outlives its file."""
+    if hasattr(value, "to_list"):
+        return Typed("str", value.to_list())
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def write_model(path: Path, vocabulary: dict[str, Any], pre: str | None) -> Path:
@@ -230,18 +233,18 @@ def digest(values: Iterable[int]) -> str:
     return hashlib.sha256(np.asarray(values, dtype="<i4").tobytes()).hexdigest()
 
 
-def answers(encode: Callable[..., Iterable[int]], text: str) -> list[str]:
+def answers(encode: Callable[..., Iterable[int]], text: str) -> str:
     """Ids of `text`: plain, with special tokens read, with BOS and EOS; "=" where they are the plain ones."""
     plain, *others = (
         " ".join(map(str, encode(text, add_special=add, parse_special=parse)))
         for add, parse in ((False, False), (False, True), (True, False))
     )
-    return [plain, *("=" if other == plain else other for other in others)]
+    return " | ".join([plain, *("=" if other == plain else other for other in others)])
 
 
 def code_points() -> list[int]:
-    """All that UTF-8 can hold."""
-    return [*range(0xD800), *range(0xE000, 0x110000)]
+    """All that UTF-8 can hold but planes 4 to 7: empty, and the tiny vocabulary lacks their first byte."""
+    return [*range(0xD800), *range(0xE000, 0x40000), *range(0x80000, 0x110000)]
 
 
 def classes(gpt_2: Oracle, default: Oracle) -> dict[str, list[int]]:
@@ -259,7 +262,8 @@ def classes(gpt_2: Oracle, default: Oracle) -> dict[str, list[int]]:
             for c in code_points()
             if oracle.encode(probe + chr(c), add_special=False)[: len(alone)] != alone
         ]
-    spaces = sorted(set(code_points()) - set(letters) - set(numbers) - set(others))
+    rest = sorted(set(code_points()) - set(letters) - set(numbers) - set(others))
+    spaces = [c for c in rest if gpt_2.encode(chr(c), add_special=False)]  # not those without a token
     return {"letter": letters, "number": numbers, "punctuation": punctuation, "space": spaces}
 
 

@@ -93,7 +93,7 @@ def test_bash_gets_what_readline_has_to_insert(words, replies, tmp_path: Path) -
         COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}
         COMP_LINE="{line}"; COMP_POINT={len(line)}
         _pagemill_completion
-        printf '%s|' "${{COMPREPLY[@]}}"
+        (( ${{#COMPREPLY[@]}} )) && printf '%s|' "${{COMPREPLY[@]}}"
     """
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

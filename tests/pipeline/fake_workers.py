@@ -1,6 +1,6 @@
 """Workers for the executors' tests: they score nothing, and fail where their spec says so.
 
-A spec is a dict: `folder` to leave marks in, and per kind of misfortune the first windows of the shards it befalls.
+A spec is a dict: `folder` for marks, and for each misfortune the first windows of the shards that it befalls.
 """
 
 from __future__ import annotations

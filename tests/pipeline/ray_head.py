@@ -1,4 +1,4 @@
-"""A Ray cluster for a test session, in a process of its own: prints its address, ends when standard input does."""
+"""A Ray cluster for the tests, in a process of its own: prints its address, ends when standard input does."""
 
 import sys
 

@@ -181,7 +181,6 @@ def test_an_interrupt_keeps_finished_shards_and_closes_the_workers(make, monkeyp
     with pytest.raises(KeyboardInterrupt):
         evaluate(make())
     assert len(closed) == 1
-    monkeypatch.undo()
 
 
 def test_after_an_interrupt_the_rest_is_computed(make, monkeypatch):

@@ -1,7 +1,9 @@
-"""The LLaMA forward pass in float64 NumPy, from the papers (arXiv:2302.13971, 2104.09864, 2305.13245, 2002.05202).
+"""The LLaMA forward pass in float64 NumPy, from the papers (arXiv:2302.13971, 2104.09864, 2305.13245,
+2002.05202).
 
-Token by token over whole matrices, no cache, no blocking: slow and plain, written without looking at the engine.
-Weights come decoded by the `gguf` package, so that not even the file reader is shared with what is tested.
+Token by token over whole matrices, no cache, no blocking: slow and plain, written without looking at the
+engine. Weights come decoded by the `gguf` package, so that not even the file reader is shared with what is
+tested.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+"""A driver with a Ray of its own, for tests that watch it from outside.
+
+Runs twelve shards, of which shard 5 ends every process that tries it, leaves a JSON report, and waits.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+from pipeline.cluster import open_executor
+from pipeline.runtime import setup_logging
+from pipeline.settings import ClusterSettings, EngineSettings
+from pipeline.shards import plan
+
+
+def main(folder: Path) -> None:
+    setup_logging()
+    settings = ClusterSettings(kind="local", workers=2, threads_per_worker=1)
+    executor = open_executor(settings, EngineSettings(), "tests.pipeline.fake_workers:FakeWorker")
+    try:
+        infos = executor.start({"folder": str(folder), "seconds": 0.05, "poison": [5]})  # type: ignore[arg-type]
+        processes = psutil.Process().children(recursive=True)
+        listening = {
+            connection.laddr.ip
+            for process in processes
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        results = []
+        failures = executor.run(plan(12, 1), results.append)
+        report = {
+            "pids": [process.pid for process in psutil.Process().children(recursive=True)],
+            "workers": [info["pid"] for info in infos],
+            "listening": sorted(listening),
+            "done": sorted(result.shard.first_window for result in results),
+            "threads": sorted({result.threads for result in results}),
+            "failures": [
+                (failure.shard.first_window, failure.kind, failure.attempts) for failure in failures
+            ],
+            "n_measured": len(executor.memory()),
+            "threads_here": os.environ.get("NUMBA_NUM_THREADS"),
+        }
+        partial = folder / "report.tmp"
+        partial.write_text(json.dumps(report))
+        partial.rename(folder / "report.json")
+        sys.stdin.read()
+    finally:
+        executor.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,165 @@
+"""Laws of executors that need no Ray: the inline one, placement, environment, addresses refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import runtime
+from pipeline.cluster import InlineExecutor, RayExecutor, open_executor
+from pipeline.errors import ClusterUnreachable
+from pipeline.ray_pool import spread
+from pipeline.settings import ClusterSettings, EngineSettings
+from pipeline.shards import plan
+
+FAKE = "tests.pipeline.fake_workers:FakeWorker"
+
+
+def inline(spec: dict[str, Any]) -> InlineExecutor:
+    executor = open_executor(ClusterSettings(kind="inline"), EngineSettings(), FAKE)
+    assert isinstance(executor, InlineExecutor)
+    executor.start(spec)  # type: ignore[arg-type]
+    return executor
+
+
+def test_inline_runs_every_shard_once_in_order(tmp_path: Path) -> None:
+    executor = inline({"folder": str(tmp_path)})
+    results: list[Any] = []
+    assert executor.run(plan(5, 2), results.append) == []
+    assert [result.shard.first_window for result in results] == [0, 2, 4]
+    assert executor.memory()[0]["pid"] == os.getpid()
+    executor.close()
+    executor.close()
+    assert executor.memory() == []
+
+
+def test_inline_sets_an_exception_aside_and_finishes_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = inline({"folder": str(tmp_path), "faulty": [1]})
+    results: list[Any] = []
+    (failure,) = executor.run(plan(3, 1), results.append)
+    assert (failure.kind, failure.attempts, failure.cause) == ("error", 1, "ValueError: window 1 is wrong")
+    assert [result.shard.first_window for result in results] == [0, 2]
+    assert len(list(tmp_path.glob("1.*"))) == 1
+    assert "shard 1 is set aside" in caplog.text
+
+
+def test_inline_hands_on_what_the_worker_raises_at_its_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this model is not for me"):
+        inline({"folder": str(tmp_path), "refuses": True})
+
+
+def test_inline_lets_an_interrupt_through(tmp_path: Path) -> None:
+    executor = inline({"folder": str(tmp_path)})
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        executor.run(plan(3, 1), interrupt)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("executor", [InlineExecutor(FAKE), RayExecutor(ClusterSettings(), 1, FAKE)])
+def test_running_before_starting_is_a_wrong_call(executor: InlineExecutor | RayExecutor) -> None:
+    assert executor.memory() == []
+    with pytest.raises(RuntimeError, match="before start"):
+        executor.run(plan(1, 1), lambda _: None)
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "wanted", "places"),
+    [
+        ({"a": 2, "b": 1}, None, ["a", "b", "a"]),
+        ({"a": 2, "b": 2}, 2, ["a", "b"]),
+        ({"a": 0, "b": 1}, 3, ["b"]),
+        ({"a": 3}, 2, ["a", "a"]),
+        ({}, 2, []),
+    ],
+)
+def test_workers_are_spread_over_nodes_before_they_share_one(
+    capacity: dict[str, int], wanted: int | None, places: list[str]
+) -> None:
+    assert spread(capacity, wanted) == places
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:9", "nowhere", "host:port", "ray://127.0.0.1:10001", ":6379", "[::1]:9"]
+)
+def test_an_unreachable_cluster_is_refused_without_importing_ray(address: str) -> None:
+    had_ray = "ray" in sys.modules
+    started = time.monotonic()
+    executor = open_executor(ClusterSettings(kind="ray", address=address), EngineSettings(), FAKE)
+    with pytest.raises(ClusterUnreachable, match="cluster[.]address=") as refused:
+        executor.start({})  # type: ignore[arg-type]
+    executor.close()
+    assert refused.value.exit_code == 2
+    assert refused.value.hint
+    assert address in str(refused.value)
+    assert time.monotonic() - started < 10
+    assert had_ray or "ray" not in sys.modules
+
+
+def test_a_cluster_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterUnreachable, match="needs an address"):
+        open_executor(ClusterSettings(kind="ray"), EngineSettings(), FAKE).start({})  # type: ignore[arg-type]
+
+
+def test_local_workers_fill_the_cores_that_are_there() -> None:
+    cores = runtime.available_cores()
+    assert open_executor(ClusterSettings(), EngineSettings()).n_workers == cores
+    assert open_executor(ClusterSettings(threads_per_worker=cores + 1), EngineSettings()).n_workers == 1
+    assert open_executor(ClusterSettings(workers=7), EngineSettings()).n_workers == 7
+
+
+def test_a_quota_of_the_container_limits_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(runtime, "_CGROUP_QUOTA", quota)
+    affinity = len(os.sched_getaffinity(0))
+    for text, cores in {"max 100000": affinity, "100000 100000": 1, "50000 100000": 1, "": affinity}.items():
+        quota.write_text(text)
+        assert runtime.available_cores() == cores
+
+
+def test_the_workers_environment_does_not_stay_in_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("NUMBA_CPU_NAME", "haswell")
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    variables = runtime.worker_env(3)
+    assert (variables["NUMBA_NUM_THREADS"], variables["OMP_NUM_THREADS"], variables["NUMBA_CPU_NAME"]) == (
+        "3",
+        "1",
+        "haswell",
+    )
+    with runtime.environment(variables):
+        assert os.environ["NUMBA_NUM_THREADS"] == "3"
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    assert "NUMBA_NUM_THREADS" not in os.environ
+
+
+def test_logging_goes_to_standard_error_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    monkeypatch.setattr(root, "handlers", [])
+    try:
+        runtime.setup_logging()
+        runtime.setup_logging()
+        logging.getLogger("pipeline.test").info("once")
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        root.setLevel(level)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("once") == 1

@@ -1,0 +1,202 @@
+"""Laws of the Ray executor: what dies is replaced or given up, and the rest is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.cluster import Executor, open_executor
+from pipeline.errors import ClusterUnreachable
+from pipeline.settings import ClusterSettings, EngineSettings
+from pipeline.shards import plan
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+FAKE = "tests.pipeline.fake_workers:FakeWorker"
+TOKEN = "0" * 40
+
+
+def script_environment() -> dict[str, str]:
+    """Of a script of these tests, run from the checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Head of a cluster with two CPUs that is not ours; this process joins it by loopback, with its token."""
+    temp_dir = tempfile.mkdtemp(prefix="pmh", dir="/tmp")
+    head = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/pipeline/ray_head.py"), temp_dir],
+        cwd=ROOT,
+        env=script_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.chdir(ROOT)  # workers import the fake one from here
+        assert head.stdout is not None
+        yield head.stdout.readline().strip()
+    head.communicate(timeout=30)
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def executor(address: str) -> Iterator[Executor]:
+    settings = ClusterSettings(kind="ray", address=address, threads_per_worker=1)
+    executor = open_executor(settings, EngineSettings(), FAKE)
+    yield executor
+    executor.close()
+
+
+def attempts(folder: Path) -> Counter[int]:
+    """Attempts per shard, from the marks that workers left."""
+    return Counter(int(path.name.split(".")[0]) for path in folder.iterdir() if path.suffix != ".json")
+
+
+def run(
+    executor: Executor, spec: dict[str, Any], n_shards: int
+) -> tuple[list[int], list[Any], list[dict[str, Any]]]:
+    """(windows done, failures, what the workers said)."""
+    results: list[Any] = []
+    infos = executor.start(spec)  # type: ignore[arg-type]
+    failures = executor.run(plan(n_shards, 1), results.append)
+    return sorted(result.shard.first_window for result in results), failures, infos
+
+
+def test_two_workers_share_the_shards_and_one_warms_up_first(executor: Executor, tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "seconds": 0.05, "warm_up_s": 0.5}
+    done, failures, infos = run(executor, spec, 12)
+    assert (done, failures) == (list(range(12)), [])
+    assert set(attempts(tmp_path).values()) == {1}
+    assert executor.n_workers == len(infos) == len({info["pid"] for info in infos}) == 2
+    first, second = sorted(infos, key=lambda info: info["started"])
+    assert first["ready"] <= second["started"], "the second worker started before the first had warmed up"
+    assert {entry["pid"] for entry in executor.memory()} == {info["pid"] for info in infos}
+    marks = {int(path.suffix[1:]) for path in tmp_path.iterdir()}
+    assert marks == {info["pid"] for info in infos}
+
+
+def test_a_killed_worker_loses_no_shard(executor: Executor, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not killed:
+            for mark in tmp_path.glob("4.*"):
+                killed.append(int(mark.suffix[1:]))
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    done, failures, _ = run(executor, {"folder": str(tmp_path), "seconds": 0.3}, 12)
+    killer.join()
+    assert killed
+    assert (done, failures) == (list(range(12)), [])
+    assert attempts(tmp_path)[4] == 2
+
+
+def test_poison_is_set_aside_after_three_processes_and_an_exception_at_once(
+    executor: Executor, tmp_path: Path
+) -> None:
+    spec = {"folder": str(tmp_path), "seconds": 0.05, "poison": [3], "faulty": [5]}
+    done, failures, _ = run(executor, spec, 10)
+    assert done == [0, 1, 2, 4, 6, 7, 8, 9]
+    assert [(f.shard.first_window, f.kind, f.attempts) for f in failures] == [
+        (3, "killed", 3),
+        (5, "error", 1),
+    ]
+    assert "ValueError: window 5 is wrong" in failures[1].cause
+    assert attempts(tmp_path)[3] == 3
+    assert attempts(tmp_path)[5] == 1
+
+
+def test_a_worker_that_cannot_open_its_model_raises_its_own_error(executor: Executor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this model is not for me"):
+        executor.start({"folder": str(tmp_path), "refuses": True})  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_model_that_kills_every_process_is_refused_in_the_end(executor: Executor, tmp_path: Path) -> None:
+    with pytest.raises(ClusterUnreachable, match="no worker could be started"):
+        executor.start({"folder": str(tmp_path), "dies_at_start": True})  # type: ignore[arg-type]
+
+
+def test_a_local_ray_is_silent_and_loopback_only_and_dies_with_its_driver(tmp_path: Path) -> None:
+    temp_dir = tempfile.mkdtemp(prefix="pmt", dir="/tmp")  # a driver that is killed leaves its session there
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/pipeline/local_driver.py"), str(tmp_path)],
+        cwd=ROOT,
+        env={**script_environment(), "TMPDIR": temp_dir},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        report = json.loads(until(lambda: (tmp_path / "report.json").read_text(), 100))
+    finally:
+        driver.kill()  # SIGKILL
+        said, log = driver.communicate()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+    assert said == "", "something of Ray reached standard output"
+    assert report["done"] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], log
+    assert report["failures"] == [[5, "killed", 3]]
+    assert report["threads"] == ["1"]
+    assert report["threads_here"] is None, "the workers' environment stayed in the driver"
+    assert report["n_measured"] == 2
+    assert report["listening"]
+    assert set(report["listening"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    until(lambda: not any(alive(pid) for pid in report["pids"]), 40)
+
+
+def test_an_address_without_a_cluster_is_refused_in_bounded_time() -> None:
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        executor = open_executor(ClusterSettings(kind="ray", address=address), EngineSettings(), FAKE)
+        with pytest.raises(ClusterUnreachable, match="is not the head of a Ray cluster") as refused:
+            executor.start({})  # type: ignore[arg-type]
+    assert refused.value.exit_code == 2
+    assert refused.value.hint
+    assert time.monotonic() - started < 30
+
+
+def until(check: Callable[[], Any], timeout_s: float) -> Any:
+    """What `check` returns as soon as that is something."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if found := check():
+                return found
+        except FileNotFoundError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"not within {timeout_s} s")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
