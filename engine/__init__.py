@@ -25,6 +25,7 @@ from engine.errors import (
 if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.gguf import GGUFFile, open
+    from engine.kernel_cache import is_warm
     from engine.machine import cpu_features, fma_gflops
     from engine.model import Model, check_supported, load_model, warm_up
     from engine.state import KVCache
@@ -42,6 +43,7 @@ _HOMES = {  # resolved on first use: importing Numba takes half a second that `-
     "check_supported": "model",
     "cpu_features": "machine",
     "fma_gflops": "machine",
+    "is_warm": "kernel_cache",
     "load_model": "model",
     "open": "gguf",
     "warm_up": "model",
@@ -63,6 +65,7 @@ __all__ = [
     "check_supported",
     "cpu_features",
     "fma_gflops",
+    "is_warm",
     "load_model",
     "open",
     "warm_up",

@@ -20,6 +20,13 @@ def cpu_features() -> frozenset[str]:
     return frozenset(item[1:] for item in listed.split(",") if item.startswith("+"))
 
 
+def cpu_name() -> str:
+    """LLVM's name of the CPU that kernels are compiled for: the host's, or `NUMBA_CPU_NAME`."""
+    import llvmlite.binding as llvm
+
+    return os.environ.get("NUMBA_CPU_NAME") or str(llvm.get_host_cpu_name())
+
+
 def fma_gflops(threads: int = 1, seconds: float = 0.1) -> float:
     """Ceiling of float32 fused multiply-adds, GFLOP/s over `threads` threads at once, measured now.
 

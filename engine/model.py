@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.hparams import architecture, llama_params
+from engine.kernel_cache import mark_warm
 from engine.quants import SUPPORTED, decoder
 
 if TYPE_CHECKING:
@@ -90,4 +91,5 @@ def warm_up(file: GGUFFile) -> float:
     with CompileTimer() as timer:
         model = load_model(file, batch_tokens=2)
         model.nll(Batch([0, 0], [0, 1], targets=[0, -1]), model.new_cache(1, 2))
+    mark_warm(file)
     return timer.seconds

@@ -95,6 +95,8 @@ def _concluded(
 
 def _score(ready: Prepared, tracker: Tracker, progress: Progress | None) -> Scoring:
     """Start workers, hand out the shards that are left, measure memory while all are alive, and stop them."""
+    import engine
+
     scoring = Scoring()
 
     def take(result: ShardResult) -> None:
@@ -105,7 +107,10 @@ def _score(ready: Prepared, tracker: Tracker, progress: Progress | None) -> Scor
     executor = open_executor(_no_idle_workers(ready), ready.settings.engine)
     try:
         if progress is not None:
-            progress.note("starting workers")
+            compiled = engine.is_warm(ready.file)
+            progress.note(
+                "starting workers" if compiled else "starting workers; kernels for this CPU are compiled once"
+            )
         scoring.ready = executor.start(ready.spec)
         tracker.prepare()
         if progress is not None:

@@ -68,8 +68,6 @@ def prepare_local_ray() -> None:
     """
     _silence_ray()
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Of 60: how long Ray's agents outlive a driver that was killed. Workers are gone within two seconds.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -89,7 +89,7 @@ class Tracker(Protocol):
             name: of the run, for people.
             params: the resolved settings, nested as they are.
             metrics: None and what is not finite is left out.
-            tags: `run_key` must be among them; runs that carry the same one and were left RUNNING, by a driver
+            tags: `run_key` must be among them; runs that carry the same and were left RUNNING, by a driver
                 that was killed, are marked KILLED.
             artifacts: small files.
             complete: False marks the run FAILED.

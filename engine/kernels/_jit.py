@@ -4,63 +4,21 @@ Flags live here only. Every kernel is compiled without fast-math: nothing that f
 reassociated or contracted by the compiler, a fused multiply-add is written out (`engine.kernels.simd.fma`),
 denormals are kept.
 
-Numba's own cache does not notice an edit in another file (a helper, a constant), so the cache directory is
-named by a digest of all sources that hold kernels, and of the versions of Numba and llvmlite; the CPU's name
-and features are part of Numba's index key, so one directory serves unlike machines. The path of the
-installation is not part of the key: the same sources at another path (a fresh clone, a Ray upload) find the
-same machine code.
+Where it is kept: `engine.kernel_cache`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llvmlite
 import numba
 from numba.core import event
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
-_ENGINE = Path(__file__).resolve().parent.parent
-_SOURCES = ("kernels", "quants")  # the folders whose files hold jitted functions
-
-log = logging.getLogger(__name__)
-
-
-@functools.cache
-def sources_digest() -> str:
-    """First 16 hex digits of SHA-256 over every kernel source and the compiler's versions."""
-    digest = hashlib.sha256(f"numba {numba.__version__} llvmlite {llvmlite.__version__}".encode())
-    for folder in _SOURCES:
-        for path in sorted((_ENGINE / folder).rglob("*.py")):
-            digest.update(path.relative_to(_ENGINE).as_posix().encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@functools.cache
-def cache_dir() -> Path | None:
-    """Directory of the compiled kernels (`NUMBA_CACHE_DIR` moves it), or None where it cannot be written."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagemill" / "kernels"
-    path = Path(os.environ.get("NUMBA_CACHE_DIR") or default) / sources_digest()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        log.warning(
-            "compiled kernels cannot be kept in %s (%s): every process compiles anew; set NUMBA_CACHE_DIR",
-            path,
-            error,
-        )
-        return None
-    return path
+from engine.kernel_cache import ENGINE, cache_dir, sources_digest
 
 
 class _Locator(_CacheLocator):
@@ -68,7 +26,7 @@ class _Locator(_CacheLocator):
 
     def __init__(self, function: Callable[..., Any], source: str) -> None:
         self._line = function.__code__.co_firstlineno
-        module = Path(source).resolve().relative_to(_ENGINE).with_suffix("")
+        module = Path(source).resolve().relative_to(ENGINE).with_suffix("")
         self._path = str(Path(cache_dir() or os.devnull) / "-".join(module.parts))
 
     def get_cache_path(self) -> str:
@@ -102,7 +60,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     not.
     """
     dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-    ours = _ENGINE in Path(function.__code__.co_filename).resolve().parents
+    ours = ENGINE in Path(function.__code__.co_filename).resolve().parents
     if ours and cache_dir() is not None and not numba.config.DISABLE_JIT:
         dispatcher._cache = _Cache(dispatcher.py_func)
     return dispatcher

@@ -1,6 +1,7 @@
-"""Broken and hostile GGUF files raise GGUFFormatError and nothing else, within 1 s (of CPU: the machine may be busy) and 64 MB.
+"""Broken and hostile GGUF files raise GGUFFormatError and nothing else, within 1 s and 64 MB.
 
-The files are opened in a child process (gguf_child.py), which may crash without taking the tests along.
+The files are opened in a child process (gguf_child.py), which may crash without taking the tests along. The
+second is one of CPU time, since the machine may be busy.
 PAGEMILL_FUZZ changes the number of random cases.
 """
 

@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     settings = ClusterSettings(kind="local", workers=2, threads_per_worker=1)
     executor = open_executor(settings, EngineSettings(), "tests.pipeline.fake_workers:FakeWorker")
     try:
-        infos = executor.start({"folder": str(folder), "seconds": 0.05, "poison": [5]})  # type: ignore[arg-type]
+        executor.start({"folder": str(folder), "seconds": 0.05, "poison": [5]})  # type: ignore[arg-type]
         processes = psutil.Process().children(recursive=True)
         listening = {
             connection.laddr.ip
@@ -32,15 +32,13 @@ def main(folder: Path) -> None:
         results = []
         failures = executor.run(plan(12, 1), results.append)
         report = {
-            "pids": [process.pid for process in psutil.Process().children(recursive=True)],
-            "workers": [info["pid"] for info in infos],
+            "workers": [entry["pid"] for entry in executor.memory()],
             "listening": sorted(listening),
             "done": sorted(result.shard.first_window for result in results),
             "threads": sorted({result.threads for result in results}),
             "failures": [
                 (failure.shard.first_window, failure.kind, failure.attempts) for failure in failures
             ],
-            "n_measured": len(executor.memory()),
             "threads_here": os.environ.get("NUMBA_NUM_THREADS"),
         }
         partial = folder / "report.tmp"

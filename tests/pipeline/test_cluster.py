@@ -98,7 +98,7 @@ def test_an_unreachable_cluster_is_refused_without_importing_ray(address: str) -
     had_ray = "ray" in sys.modules
     started = time.monotonic()
     executor = open_executor(ClusterSettings(kind="ray", address=address), EngineSettings(), FAKE)
-    with pytest.raises(ClusterUnreachable, match="cluster[.]address=") as refused:
+    with pytest.raises(ClusterUnreachable, match=r"cluster[.]address=") as refused:
         executor.start({})  # type: ignore[arg-type]
     executor.close()
     assert refused.value.exit_code == 2
