@@ -96,7 +96,7 @@ def open_once(path: Path) -> tuple[str, str, float]:
 
 
 def read_all(file: engine.GGUFFile) -> str:
-    """Reads every value (of huge ones the start) and both ends of every tensor; "opened" if all is in place."""
+    """Reads every value (of huge ones the start), both ends of every tensor; "opened" if all is in place."""
     for tensor in file.tensors.values():
         if not file.data_offset <= tensor.offset <= tensor.offset + tensor.n_bytes <= file.n_bytes:
             return f"tensor {tensor.name} lies outside"
