@@ -22,6 +22,7 @@ class FakeFile:
         import engine
 
         self.path = str(path)
+        self.tensors = {}
         raw = Path(path).read_bytes()
         if raw[:4] != b"GGUF":
             raise engine.GGUFFormatError(f"{path}: begins with {raw[:4]!r}, expected b'GGUF'")

