@@ -75,7 +75,12 @@ def track(
 ) -> str | None:
     """Log the run to MLflow; whatever goes wrong there costs a warning."""
     s = ready.settings
-    tags = {name: summary[name] for name in _TAGGED} | {"git_sha": provenance.git_sha(), "job": "perplexity"}
+    tags = {name: summary[name] for name in _TAGGED} | {
+        "git_sha": provenance.git_sha(),
+        "job": "perplexity",
+        "mlflow.source.name": "pagemill perplexity",
+        "mlflow.note.content": _note(summary),
+    }
     figures = {name: x for name, x in summary.items() if isinstance(x, (int, float)) and name not in _TAGGED}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -98,3 +103,13 @@ def track(
             f"not logged to MLflow: {type(error).__name__}: {error}; the tables are complete"
         )
         return None
+
+
+def _note(summary: dict[str, Any]) -> str:
+    """The run's description in MLflow: the headline in words, and where the table is."""
+    table = f"Table: `{summary['table']}`"
+    if summary["ppl"] is None:
+        return f"Incomplete: no perplexity. {table}"
+    spread = summary["ppl_stderr_clustered"]
+    error = "" if spread is None else f" ± {spread:.4f} (clustered by window)"
+    return f"Perplexity **{summary['ppl']:.4f}**{error}, {summary['n_windows']} windows. {table}"

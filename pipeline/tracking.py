@@ -311,7 +311,10 @@ def _log(client: Any, experiment: str, record: dict[str, Any]) -> str:
 
 def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     found = client.get_experiment_by_name(name)
-    return str(found.experiment_id if found else client.create_experiment(name, artifact_location=artifacts))
+    if found:
+        return str(found.experiment_id)
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # opens as runs with metrics, not as traces
+    return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
 
 
 def _child() -> None:
