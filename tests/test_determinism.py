@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from tests.engine.test_bits import AVX2
+from tests.make_gguf import expand_to_f32
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -98,6 +99,8 @@ def test_bits_do_not_depend_on_how_they_are_computed(smollm2, whole, tmp_path, w
     assert seen["run_key"] == whole["run_key"]
     assert seen["ppl"] == whole["ppl"]
     assert seen["shards_reused"] == 0
+    # one copy of the file, whoever maps it: shares summed over all processes are the resident bytes
+    assert seen["model_pss_sum_bytes"] == pytest.approx(seen["model_resident_bytes"], rel=0.02)
 
 
 def test_bits_survive_the_kill_of_a_worker(smollm2, whole, tmp_path):
@@ -129,3 +132,14 @@ def test_bits_survive_the_kill_of_the_driver_and_nothing_is_computed_twice(smoll
     assert seen["nll_sha256"] == whole["nll_sha256"]
     assert seen["shards_reused"] == len(before)
     assert {path: path.stat().st_ino for path in before} == before
+
+
+@pytest.mark.slow
+def test_a_workers_own_memory_does_not_grow_with_the_file(smollm2, tmp_path):
+    """98 MB of Q4_1 against the same weights as 540 MB of F32: same bits, same anonymous memory."""
+    large = expand_to_f32(smollm2, tmp_path / "f32.gguf")
+    a, b = (perplexity(path, tmp_path, "cluster=local", "cluster.workers=2") for path in (smollm2, large))
+    assert a["nll_sha256"] == b["nll_sha256"]
+    assert b["model_resident_bytes"] > 5 * a["model_resident_bytes"]
+    assert abs(a["anonymous_bytes_max"] - b["anonymous_bytes_max"]) < 20e6
+    assert b["model_pss_sum_bytes"] == pytest.approx(b["model_resident_bytes"], rel=0.02)
