@@ -31,8 +31,13 @@ class Model(Protocol):
     def nbytes(self) -> int:
         """Bytes of activations and scratch, without weights and caches."""
 
-    def new_cache(self, n_slots: int, capacity: int) -> KVCache:
-        """A cache of `n_slots` sequences of up to `capacity` positions."""
+    def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> KVCache:
+        """A cache of `n_slots` sequences of up to `capacity` positions.
+
+        Args:
+            kv: `f32`, or `f16` for halves.
+            fleeting: for sequences that are whole in one batch: the memory of one layer serves all.
+        """
 
     def nll(self, batch: Batch, cache: KVCache) -> NDArray[np.float64]:
         """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,).

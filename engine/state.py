@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CapacityError
 from engine.kernels.attention import BLOCK, KEYS
 from engine.kernels.tile import MR
+
+KV_TYPES = {"f32": np.float32, "f16": np.uint16}  # how keys and values are kept
 
 
 class KVCache:
@@ -17,27 +21,45 @@ class KVCache:
         n_slots: sequences that can be held at once.
         capacity: positions of a slot, rounded up to whole softmax blocks.
         n_layers, n_kv_heads, head_width: of the model.
+        kv: `f32`, or `f16`: keys and values are rounded to halves and kept as their uint16 bits.
+        fleeting: sequences are whole in one batch and forgotten with it, so that one layer's memory serves
+            all layers in turn; what windows of a perplexity need.
 
-    Memory is reserved here and touched when positions are written: 2 * 4 bytes per slot, position, layer,
-    head and feature (float32); `nbytes` is the reservation.
+    Memory is reserved here and touched when positions are written: 8 bytes (`f16`: 4) per slot, position,
+    layer, head and feature; `nbytes` is the reservation.
     """
 
     def __init__(
-        self, n_slots: int, capacity: int, *, n_layers: int, n_kv_heads: int, head_width: int
+        self,
+        n_slots: int,
+        capacity: int,
+        n_layers: int,
+        n_kv_heads: int,
+        head_width: int,
+        kv: str = "f32",
+        fleeting: bool = False,
     ) -> None:
         if n_slots < 1 or capacity < 1:
             raise ValueError(f"{n_slots} slots of {capacity} positions; expected at least one of each")
+        if kv not in KV_TYPES:
+            raise ValueError(f"kv={kv!r}; expected one of {', '.join(KV_TYPES)}")
         self.n_slots, self.capacity = n_slots, -(-capacity // BLOCK) * BLOCK
         padded = -(-head_width // MR) * MR
-        shape = (n_layers, n_slots, n_kv_heads, self.capacity)
-        self.keys = np.zeros((*shape[:3], self.capacity // KEYS, head_width, KEYS), np.float32)
-        self.values = np.zeros((*shape, padded), np.float32)
+        self.fleeting = fleeting
+        shape = (1 if fleeting else n_layers, n_slots, n_kv_heads, self.capacity)
+        self.keys = np.zeros((*shape[:3], self.capacity // KEYS, head_width, KEYS), KV_TYPES[kv])
+        self.values = np.zeros((*shape, padded), KV_TYPES[kv])
         self.present = np.zeros((n_slots, self.capacity), np.uint8)
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
         return self.keys.nbytes + self.values.nbytes + self.present.nbytes
+
+    def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keys (S, G, C / KEYS, K, KEYS) and values (S, G, C, Kp) of a layer; views."""
+        kept = 0 if self.fleeting else index
+        return self.keys[kept], self.values[kept]
 
     def length(self, slot: int) -> int:
         """One more than the highest position that the slot holds; 0 when it is empty."""
@@ -82,7 +104,8 @@ class KVCache:
 
         Raises:
             CapacityError: a slot or position that was not allocated.
-            ValueError: a position that its slot already holds.
+            ValueError: a position that its slot already holds; in a fleeting cache, a sequence that does not
+                begin at position 0 or has a gap.
         """
         if slots.max() >= self.n_slots or positions.max() >= self.capacity:
             raise CapacityError(
@@ -96,6 +119,18 @@ class KVCache:
                 "remove it before it is decoded again"
             )
         self.present[slots, positions] = 1
+        if self.fleeting:
+            for slot in np.unique(slots):
+                if not self.present[slot, : self.length(slot)].all():
+                    self.release()
+                    raise ValueError(
+                        f"slot {slot}: a fleeting cache takes whole sequences, from position 0 on"
+                    )
+
+    def release(self) -> None:
+        """After a batch: a fleeting cache is empty again, any other keeps what it holds."""
+        if self.fleeting:
+            self.present[:] = 0
 
     def _checked(self, slot: int) -> int:
         if not 0 <= slot < self.n_slots:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModel
 from engine.kernels.attention import BLOCK
+from engine.kernels.heads import add_bias
 from engine.kernels.logprob import HEAD_ROWS
 from engine.kernels.matmul import group_rows, multiply, multiply_swiglu, pack
 from engine.kernels.tile import MR, NR
@@ -22,10 +23,17 @@ if TYPE_CHECKING:
     from engine.gguf import GGUFFile, Tensor
 
 
-class Matrix:
-    """A (rows, columns) weight: a view on the mapped file and the decoder of its type; owns no weights."""
+_NONE = np.empty(0, np.int64)
 
-    def __init__(self, tensor: Tensor) -> None:
+
+class Matrix:
+    """A (rows, columns) weight: a view on the mapped file and the decoder of its type; owns only its bias.
+
+    `bias` is (rows,) float32, or empty where the file has none.
+    """
+
+    def __init__(self, tensor: Tensor, bias: NDArray[np.float32] | None = None) -> None:
+        self.bias = np.empty(0, np.float32) if bias is None else bias
         self.rows, self.columns = tensor.shape
         self._data = tensor.data
         self._decode = decoder(tensor.type.name)
@@ -45,16 +53,22 @@ class Matrix:
 
 
 def matrix(file: GGUFFile, name: str, rows: int, columns: int) -> Matrix:
-    """The named weight, its shape checked."""
-    return Matrix(_tensor(file, name, (rows, columns)))
+    """The named weight and the bias beside it, their shapes checked."""
+    bias = optional_vector(file, f"{name.removesuffix('.weight')}.bias", rows)
+    return Matrix(_tensor(file, name, (rows, columns)), bias)
 
 
 def vector(file: GGUFFile, name: str, size: int) -> NDArray[np.float32]:
-    """A private float32 copy of a one-dimensional weight (4 * size bytes; norms only)."""
+    """A private float32 copy of a one-dimensional weight (4 * size bytes; norms and biases)."""
     tensor = _tensor(file, name, (size,))
     out = np.empty(size, np.float32)
     decoder(tensor.type.name)(tensor.data, 0, size // tensor.type.block_size, out)
     return out
+
+
+def optional_vector(file: GGUFFile, name: str, size: int) -> NDArray[np.float32]:
+    """The same, empty where the file has no such weight."""
+    return vector(file, name, size) if name in file.tensors else np.empty(0, np.float32)
 
 
 def _tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -77,9 +91,12 @@ class Scratch:
         self.packs = (np.zeros(floats, np.float32), np.zeros(floats, np.float32))
         self.product = np.zeros((512, NR), np.float32)
         self.sums = np.zeros(NR, np.float64)
+        padded = -(-head_width // MR) * MR
         self.query = np.zeros((head_width, NR), np.float32)
+        self.block_keys = np.zeros(BLOCK * head_width, np.float32)
+        self.block_values = np.zeros(BLOCK * padded, np.float32)
         self.scores = np.zeros((BLOCK, NR), np.float32)
-        self.acc = np.zeros((-(-head_width // MR) * MR, NR), np.float32)
+        self.acc = np.zeros((padded, NR), np.float32)
         self.lanes = np.zeros((4, NR), np.float32)
 
     @property
@@ -91,6 +108,8 @@ class Scratch:
             self.product,
             self.sums,
             self.query,
+            self.block_keys,
+            self.block_values,
             self.scores,
             self.acc,
             self.lanes,
@@ -100,21 +119,26 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Part:
-    """The panels [first, last) of a batch that one thread takes through a stage, with its own scratch."""
+    """The panels [first, last) of a batch that one thread takes through a stage, with its own scratch.
+
+    `tasks`: starts and counts, int64, of the runs of tokens that attend together (engine.kernels.attention).
+    """
 
     first: int
     last: int
     n_tokens: int  # of the whole batch
     scratch: Scratch
+    tasks: tuple[NDArray[np.int64], NDArray[np.int64]] = (_NONE, _NONE)
 
 
 def project(weight: Matrix, x: NDArray[np.float32], out: NDArray[np.float32], part: Part) -> None:
-    """out = weight x for the panels of `part`: decoded and packed a group of rows at a time."""
+    """out = weight x + bias for the panels of `part`: decoded and packed a group of rows at a time."""
     step = group_rows(weight.columns)
     for row in range(0, weight.rows, step):
         count = min(step, weight.rows - row)
         packed = weight.packed(row, count, part.scratch)
         multiply(packed, count, x, row, part.first, part.last, part.n_tokens, out)
+    add_bias(out, weight.bias, part.first, part.last)
 
 
 def project_swiglu(

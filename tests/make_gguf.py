@@ -173,8 +173,8 @@ def write_gguf(path: str | Path, metadata: Items, tensors: Items, *, version: in
 
 def encode(values: NDArray[np.float32], type_name: str, rng: np.random.Generator) -> bytes:
     """Weights in a tensor type: by NumPy or the gguf package, else random blocks that spread as widely."""
-    if type_name in ("F32", "F16"):
-        return values.astype("<f4" if type_name == "F32" else "<f2").tobytes()
+    if type_name in _PLAIN:
+        return values.astype(_PLAIN[type_name]).tobytes()
     import gguf
 
     type_ = gguf.GGMLQuantizationType[type_name]
@@ -187,7 +187,13 @@ def encode(values: NDArray[np.float32], type_name: str, rng: np.random.Generator
     spread = rng.uniform(0.5, 1.5, len(blocks))
 
     def set_scales(scale: float) -> None:
-        for offset, weight in _HALVES[type_name]:
+        if type_name == "NVFP4":  # four bytes, E4M3
+            scales = gguf.quants.NVFP4.fp32_to_ue4m3((scale * spread).astype(np.float32))
+            blocks[:, :4] = scales[:, None]
+        elif type_name == "IQ1_M":  # a half in the upper nibbles of four 16-bit words
+            half = (scale * spread).astype("<f2").view("<u2")[:, None]
+            blocks[:, 49::2] = blocks[:, 49::2] & 15 | (half >> np.arange(0, 16, 4) & 15) << 4
+        for offset, weight in _HALVES.get(type_name, ()):
             blocks[:, offset : offset + 2] = (scale * weight * spread).astype("<f2").view("u1").reshape(-1, 2)
 
     set_scales(1.0)
@@ -195,12 +201,14 @@ def encode(values: NDArray[np.float32], type_name: str, rng: np.random.Generator
     return blocks.tobytes()
 
 
+_PLAIN = {"F32": "<f4", "F16": "<f2", "I8": "i1"}
 _HALVES = {  # where a block's float16 scales lie, and their sizes that make the weights' mean about 0
     "Q2_K": ((80, 1.0), (82, 1.5)),
     "Q3_K": ((108, 1.0),),
     "Q4_K": ((0, 1.0), (2, 7.5)),
     "Q5_K": ((0, 1.0), (2, 15.5)),
     "Q6_K": ((208, 1.0),),
+    **dict.fromkeys(["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"], ((0, 1.0),)),
     "IQ4_NL": ((0, 1.0),),
     "IQ4_XS": ((0, 1.0),),
 }
@@ -221,13 +229,16 @@ def tiny_llama(
     type_name: str = "F32",
     embedding_type: str | None = None,
     context: int = 128,
+    architecture: str = "llama",
+    extra: Mapping[str, NDArray[np.float32]] | None = None,
     **overrides: Any,
 ) -> Path:
     """Writes a whole LLaMA model with random weights and a byte-level BPE tokenizer; llama.cpp runs it too.
 
     Logits spread by a few nats. Norms are F32, other tensors `type_name` (the embedding and the head
-    `embedding_type`, where given). `overrides` are metadata, **{"llama.rope.freq_base": 5e5}; None leaves one
-    out.
+    `embedding_type`, where given), `extra` ones F32. `overrides` are metadata, e.g.
+    **{"llama.rope.freq_base": 5e5}; None leaves one out. Another `architecture` takes the place of `llama` in
+    keys.
     """
     rng = np.random.default_rng(seed)
     head = head_width or width // n_heads
@@ -273,7 +284,33 @@ def tiny_llama(
     norm("output_norm")
     if not tied:
         matrix("output", vocab, width, 2.0, embedding_type or type_name)
+    for name, values in (extra or {}).items():
+        tensors[name] = ("F32", values.shape, values.astype("<f4").tobytes())
+    metadata = {key.replace("llama.", f"{architecture}.", 1): value for key, value in metadata.items()}
+    metadata["general.architecture"] = metadata["general.architecture"].replace("llama", architecture)
     return write_gguf(path, {key: value for key, value in metadata.items() if value is not None}, tensors)
+
+
+def llama_extra(
+    biases: Iterable[str] = (),
+    *,
+    head_norms: bool = False,
+    rope_freqs: Iterable[float] | None = None,
+    n_layers: int = 2,
+    head_width: int = 16,
+) -> dict[str, NDArray[np.float32]]:
+    """`extra` of a `tiny_llama` with its 4 heads and 2 kv heads: what relatives of LLaMA have besides."""
+    rng = np.random.default_rng(1)
+    out = {}
+    for layer in range(n_layers):
+        for name in biases:
+            rows = {"attn_q": 4 * head_width, "attn_output": 64}.get(name, 2 * head_width)
+            out[f"blk.{layer}.{name}.bias"] = rng.normal(0.0, 0.3, rows).astype(np.float32)
+        for name in ("attn_q_norm", "attn_k_norm") if head_norms else ():
+            out[f"blk.{layer}.{name}.weight"] = rng.normal(1.0, 0.1, head_width).astype(np.float32)
+    if rope_freqs is not None:
+        out["rope_freqs.weight"] = np.array(list(rope_freqs), np.float32)
+    return out
 
 
 def byte_level_vocabulary(size: int, seed: int = 0) -> dict[str, Any]:
@@ -337,6 +374,51 @@ def expand_to_f32(source: str | Path, target: str | Path) -> Path:
                 new.write(gguf.quants.dequantize(rows[first : first + step], type_).astype("<f4").tobytes())
             new.write(bytes(-new.tell() % file.alignment))
     return target
+
+
+def split_gguf(
+    source: str | Path,
+    folder: str | Path,
+    n_parts: int,
+    *,
+    changes: Mapping[int, Mapping[str, Any]] | None = None,
+) -> list[Path]:
+    """Writes a whole model again in parts, `<stem>-00001-of-0000N.gguf`, as llama.cpp's gguf-split does.
+
+    Args:
+        changes: rank of a part, from 0 -> metadata to change or add in it; None leaves a split key out.
+    """
+    paths = []
+    with engine.open(source) as file, Path(source).open("rb") as old:
+        tensors = list(file.tensors.values())
+        head = old.read(file.metadata_end)
+        for rank in range(n_parts):
+            own = tensors[len(tensors) * rank // n_parts : len(tensors) * (rank + 1) // n_parts]
+            alignment = 32 if rank else file.alignment  # only the first part says general.alignment
+            keys: dict[str, Any] = {
+                "split.no": Typed("u16", rank),
+                "split.count": Typed("u16", n_parts),
+                "split.tensors.count": Typed("i32", len(tensors)),
+            }
+            keys |= (changes or {}).get(rank, {})
+            keys = {key: value for key, value in keys.items() if value is not None}
+            built = Built(bytearray(head[:24] if rank else head))
+            built.data[8:16] = len(own).to_bytes(8, "little")
+            built.data[16:24] = (len(keys) + (0 if rank else len(file.metadata))).to_bytes(8, "little")
+            for key, value in keys.items():
+                built.put_text(key, key)
+                built.put_value(key, value)
+            offset = 0
+            for tensor in own:
+                built.put_tensor(tensor.name, tensor.type.id, tensor.shape, offset)
+                offset += tensor.n_bytes + -tensor.n_bytes % alignment
+            built.pad(alignment)
+            for tensor in own:
+                built.data += tensor.data.tobytes()
+                built.pad(alignment)
+            paths.append(Path(folder) / f"{Path(source).stem}-{rank + 1:05d}-of-{n_parts:05d}.gguf")
+            paths[-1].write_bytes(built.data)
+    return paths
 
 
 def _pairs(items: Items) -> Iterable[tuple[str, Any]]:

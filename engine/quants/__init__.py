@@ -33,6 +33,12 @@ _FAMILIES = {  # module: types, whose kernels are called decode_<type in small l
     "floats": ("F32", "F16", "BF16"),
     "legacy": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     "k_quants": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    "iq1": ("IQ1_S", "IQ1_M"),
+    "iq2": ("IQ2_XXS", "IQ2_XS", "IQ2_S"),
+    "iq3": ("IQ3_XXS", "IQ3_S"),
+    "iq4": ("IQ4_NL", "IQ4_XS"),
+    "ternary": ("TQ1_0", "TQ2_0"),
+    "fp4": ("MXFP4", "NVFP4"),
 }
 _HOMES = {name: module for module, names in _FAMILIES.items() for name in names}
 

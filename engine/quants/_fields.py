@@ -23,7 +23,13 @@ def byte_at(data, at):
 @kernel
 def half_at(data, at):
     """float32 of the IEEE half whose two bytes, low one first, start at `at`."""
-    return half_to_f32(np.uint16(np.uint16(byte_at(data, at)) | np.uint16(byte_at(data, at + 1)) << 8))
+    return half_to_f32(short_at(data, at))
+
+
+@kernel
+def short_at(data, at):
+    """The uint16 whose two bytes, low one first, start at `at`."""
+    return np.uint16(np.uint16(byte_at(data, at)) | np.uint16(byte_at(data, at + 1)) << 8)
 
 
 @kernel

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-import engine
-import engine.models.llama
-import engine.weights
 from engine.kernels.matmul import group_rows, multiply, multiply_swiglu, pack
 from engine.kernels.norm import add_rms_norm
 from engine.kernels.rope import rope_table, rotate
 from engine.kernels.tile import MR, NR
-from engine.quants import decoder
 
 
 def panels(columns: np.ndarray) -> np.ndarray:
@@ -112,9 +112,9 @@ def test_rotation_turns_neighbouring_pairs_and_leaves_the_rest():
     x = rng.normal(size=(n, heads * width)).astype(np.float32)
     positions = rng.permutation(4000)[:n].astype(np.int32)
     cos, sin = (np.zeros((2, half, NR), np.float32) for _ in range(2))
-    rope_table(positions, 10000.0, cos, sin)
+    rope_table(positions, 10000.0 ** (-np.arange(half) / half), 1.0, cos, sin)
     turned = panels(x)
-    rotate(turned, heads, width, cos, sin, 0, 2)
+    rotate(turned, heads, width, False, cos, sin, 0, 2)
     angle = positions[:, None].astype(np.float64) * 10000.0 ** (-np.arange(half) / half)
     pairs = x.reshape(n, heads, width).astype(np.float64)
     z = (pairs[:, :, 0:6:2] + 1j * pairs[:, :, 1:6:2]) * np.exp(1j * angle)[:, None, :]
@@ -128,17 +128,26 @@ def test_group_rows_fill_whole_tiles():
         assert group_rows(depth) > 0
 
 
-def test_each_kernel_has_one_signature_after_a_model_run(tiny_model):
+ONE_SIGNATURE = """
+import json, sys
+import engine.models.llama, engine.weights
+from engine.quants import decoder
+from tests.engine.conftest import Scorer
+scorer = Scorer(sys.argv[1])
+scorer.score([5, 6, 7, 8])
+scorer.model.logits(engine.Batch([5, 6], [0, 1], outputs=[True, False]), scorer.model.new_cache(1, 2))
+modules = (engine.models.llama, engine.weights)
+called = {n: v for m in modules for n, v in vars(m).items() if hasattr(v, "py_func")}
+called["decode_f32"] = decoder("F32")
+print(json.dumps({name: len(kernel.signatures) for name, kernel in called.items()}))
+"""
+
+
+def test_each_kernel_has_one_signature_after_a_model_run(tiny_path):
     """Two would mean that a caller passes another dtype or layout, and a second compilation."""
-    tiny_model.score([5, 6, 7, 8])
-    batch = engine.Batch([5, 6], [0, 1], outputs=[True, False])
-    tiny_model.model.logits(batch, tiny_model.model.new_cache(1, 2))
-    called = {
-        name: value
-        for module in (engine.models.llama, engine.weights)
-        for name, value in vars(module).items()
-        if hasattr(value, "py_func")
-    }
-    called["decode_f32"] = decoder("F32")
-    assert len(called) > 10
-    assert {name: len(k.signatures) for name, k in called.items()} == dict.fromkeys(called, 1)
+    child = subprocess.run(
+        [sys.executable, "-c", ONE_SIGNATURE, str(tiny_path)], capture_output=True, text=True, check=True
+    )
+    signatures = json.loads(child.stdout)
+    assert len(signatures) > 10
+    assert signatures == dict.fromkeys(signatures, 1)

@@ -7,7 +7,7 @@ import pytest
 
 import engine
 from tests.engine.conftest import Scorer
-from tests.make_gguf import tiny_llama
+from tests.make_gguf import llama_extra, tiny_llama
 from tests.reference.llama import ReferenceLlama
 
 
@@ -39,6 +39,71 @@ def test_nll_and_logits_equal_float64(tmp_path, shape):
     logits = scorer.model.logits(batch, scorer.model.new_cache(1, 150))
     expected = reference.logits(tokens)[::7]
     assert np.abs(logits - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
+
+
+@pytest.mark.parametrize(
+    "relative",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 3.0},
+        {"llama.rope.scaling.factor": 0.5, "llama.rope.scaling.attn_factor": 1.2},
+        YARN | {"context": 40, "llama.rope.freq_base": 5e5},
+        YARN | {"llama.rope.scaling.original_context_length": 900, "llama.rope.dimension_count": 10},
+        {"extra": llama_extra(rope_freqs=[1, 1, 1, 2, 4, 8, 8, 8], biases=BIASES)},
+        {"architecture": "qwen2", "extra": llama_extra(biases=BIASES[:3]), "llama.rope.dimension_count": 6}
+        | YARN,
+        {"architecture": "qwen3", "extra": llama_extra(head_norms=True, head_width=18), "head_width": 18},
+        {"architecture": "exaone", "extra": llama_extra(rope_freqs=np.linspace(1, 8, 8))},
+        {"architecture": "smollm3", "n_layers": 4},
+        {"architecture": "granite", "llama.embedding_scale": 5.0, "llama.residual_scale": 0.3}
+        | {"llama.logit_scale": 3.0, "llama.attention.scale": 0.1},
+        {"architecture": "mistral3", "llama.rope.scaling.yarn_beta_fast": 8.0}
+        | {"llama.rope.scaling.yarn_beta_slow": 0.5, "llama.rope.scaling.yarn_log_multiplier": 0.7}
+        | YARN,
+    ],
+    ids=lambda relative: relative.get("architecture", "llama"),
+)
+def test_relatives_equal_float64(tmp_path, relative):
+    path = tiny_llama(tmp_path / "m.gguf", **{"context": 64} | relative)
+    tokens = tokens_of(110, vocab=300)
+    expected = ReferenceLlama(path).nll(tokens[:-1], tokens[1:])
+    np.testing.assert_allclose(Scorer(path).score(tokens), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"architecture": "mistral"}),
+        ({}, {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}),
+        ({}, {"llama.rope.scaling.type": "", "llama.rope.scaling.original_context_length": 7}),
+        ({}, YARN | {"llama.rope.scaling.factor": 1.0}),
+        ({}, {"extra": llama_extra(rope_freqs=np.ones(8))}),
+        ({}, {"llama.expert_count": 0, "llama.attention.causal": True, "llama.logit_scale": 1.0}),
+        ({"llama.rope.scaling.factor": 2.0}, {"extra": llama_extra(rope_freqs=np.full(8, 2.0))}),
+        ({"llama.rope.scaling.factor": 2.5}, {"llama.rope.scale_linear": 2.5}),
+        ({"architecture": "granite"}, {"architecture": "llama"}),
+    ],
+)
+def test_two_ways_to_say_the_same_give_the_same_bits(tmp_path, one, other):
+    tokens = tokens_of(60, vocab=300)
+    a, b = (
+        Scorer(tiny_llama(tmp_path / f"{i}.gguf", **said)).score(tokens)
+        for i, said in enumerate((one, other))
+    )
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_of_a_relative_do_not_depend_on_batch_and_threads(tmp_path, threads):
+    weights = llama_extra(biases=BIASES[:3], head_norms=True)
+    path = tiny_llama(tmp_path / "m.gguf", architecture="qwen3", extra=weights, **YARN)
+    sequences = [tokens_of(n, seed=n, vocab=300) for n in (130, 1, 60)]
+    together = Scorer(path, threads=threads).score_all(sequences)
+    for sequence, nll in zip(sequences, together, strict=True):
+        np.testing.assert_array_equal(nll, Scorer(path).score(sequence))
 
 
 @pytest.mark.parametrize("type_name", ["F16", "BF16", "Q4_0", "Q5_1", "Q8_0"])
@@ -211,14 +276,51 @@ def test_wrong_calls_are_refused(tiny_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama"),
+        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama, mis"),
         ({"llama.block_count": 3}, "tensor 'blk.2.attn_norm.weight' is missing"),
         ({"llama.block_count": 1}, "has no place"),
         ({"llama.feed_forward_length": 32}, "has shape"),
         ({"llama.attention.head_count": "four"}, "attention.head_count is 'four'; expected a positive int"),
         ({"llama.attention.head_count_kv": 3}, "do not divide"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn' is not supported"),
-        ({"llama.expert_count": 8}, "expert_count"),
+        ({"llama.rope.scaling.type": "longrope"}, "type = 'longrope' is not supported; supported: none, lin"),
+        ({"llama.rope.scaling.type": 2}, "rope.scaling.type is 2; expected a string"),
+        ({"llama.rope.scaling.factor": -4.0}, "rope.scaling.factor is -4.0; expected a positive"),
+        ({"llama.rope.scaling.factor": [4, 4]}, "rope.scaling.factor is .*; expected a positive float"),
+        (YARN | {"llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5; expected at least 1"),
+        (YARN | {"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor = 0.5 is not supported"),
+        ({"llama.rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor = 1.0 is not supported; expected 0.0"),
+        (YARN | {"llama.rope.scaling.yarn_beta_fast": 4.0}, "yarn_beta_fast = 4.0 is not .* expected 32.0"),
+        (
+            YARN | {"llama.rope.scaling.yarn_log_multiplier": 1.0},
+            "yarn_log_multiplier = 1.0 is not supported",
+        ),
+        ({"llama.rope.dimension_sections": [8, 4, 4, 0]}, "rope.dimension_sections = .* is not supported"),
+        ({"llama.rope.dimension_count": 15}, "15 rotated features of a head of 16"),
+        ({"llama.expert_count": 8}, "expert_count = 8 is not supported; expected 0"),
+        ({"llama.attention.sliding_window": 4096}, "sliding_window = 4096 is not supported; expected 0"),
+        ({"llama.attention.value_length": 8}, "attention.value_length = 8 is not supported; expected 16"),
+        ({"llama.attention.causal": False}, "attention.causal = False is not supported; expected True"),
+        ({"llama.attention.max_alibi_bias": 8.0}, "attention.max_alibi_bias = 8.0 is not supported"),
+        ({"llama.attention.scale": 0.2}, "attention.scale = 0.2.* is not supported"),
+        ({"llama.attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+        ({"llama.use_parallel_residual": True}, "use_parallel_residual = True is not supported"),
+        ({"llama.logit_scale": 0.5}, "logit_scale = 0.5 is not supported; expected 0.0"),
+        ({"architecture": "mistral3", "llama.attention.temperature_scale": 0.1}, "temperature_scale = 0.1"),
+        ({"architecture": "granite", "llama.rope.scaling.finetuned": False}, "finetuned = False is not supp"),
+        ({"architecture": "qwen3"}, "tensor 'blk.0.attn_q_norm.weight' is missing"),
+        ({"extra": llama_extra(head_norms=True)}, "tensor 'blk.0.attn_k_norm.weight' .* has no place"),
+        ({"extra": {"blk.0.ffn_up.bias": np.zeros(96)}}, "'blk.0.ffn_up.bias' .* biases only of attention"),
+        ({"extra": {"blk.0.attn_q.bias": np.zeros(63)}}, "tensor 'blk.0.attn_q.bias' has shape"),
+        (
+            {"architecture": "qwen2", "extra": llama_extra(biases=BIASES)},
+            "'blk.0.attn_output.bias' .* has no place",
+        ),
+        ({"extra": llama_extra(rope_freqs=np.ones(7))}, "tensor 'rope_freqs.weight' has shape"),
+        (
+            {"extra": llama_extra(rope_freqs=np.zeros(8))},
+            "'rope_freqs.weight' has factors that are not positive",
+        ),
     ],
 )
 def test_unsupported_models_are_refused_naming_the_key(tmp_path, change, message):
@@ -228,6 +330,6 @@ def test_unsupported_models_are_refused_naming_the_key(tmp_path, change, message
 
 
 def test_unsupported_quantization_is_refused_naming_the_type(tmp_path):
-    path = tiny_llama(tmp_path / "m.gguf", width=256, ff=256, type_name="IQ4_XS")
-    with engine.open(path) as file, pytest.raises(engine.UnsupportedQuant, match="IQ4_XS"):
+    path = tiny_llama(tmp_path / "m.gguf", type_name="I8")
+    with engine.open(path) as file, pytest.raises(engine.UnsupportedQuant, match="I8"):
         engine.check_supported(file)

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from golden import make_grids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,11 +18,17 @@ import engine
 from engine.ggml_types import GGML_TYPES, by_name
 from engine.quants import SUPPORTED, decoder, dequantize
 
-NAMES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+NAMES = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
 
 HALVES_AT = {  # byte offsets of the IEEE halves of a block
     "F16": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ1_S": (0,), "IQ1_M": (48,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,),
+    "IQ3_S": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
 }  # fmt: skip
 
 EDGE_HALVES = (
@@ -52,13 +59,22 @@ def read_only(data: np.ndarray) -> np.ndarray:
     return data
 
 
+def put_half(block: np.ndarray, name: str, at: int, bits: Any) -> None:
+    """Writes IEEE halves, given as integers, into blocks at an offset; one of IQ1_M lies in four nibbles."""
+    if name == "IQ1_M":  # nibble k of the half is the upper one of byte at + 2 * k + 1, whose lower one stays
+        nibbles = np.asarray(bits).reshape(-1, 1) >> np.arange(0, 16, 4) & 15
+        block[:, at + 1 : at + 8 : 2] = block[:, at + 1 : at + 8 : 2] & 15 | nibbles << 4
+    else:
+        block[:, at : at + 2] = np.asarray(bits).astype("<u2").reshape(-1, 1).view(np.uint8)
+
+
 def random_blocks(name: str, n_blocks: int, rng: np.random.Generator, halves: Any = None) -> np.ndarray:
     """Random bytes; the halves are those given, in turn, or random finite ones of every exponent."""
     block = rng.integers(0, 256, (n_blocks, by_name(name).block_bytes), dtype=np.uint8)
     for k, at in enumerate(HALVES_AT.get(name, ())):
         drawn = rng.integers(0, 0x7C00, n_blocks) | rng.integers(0, 2, n_blocks) << 15
         bits = drawn if halves is None else np.roll(np.resize(halves, n_blocks), k)
-        block[:, at : at + 2] = bits.astype("<u2").view(np.uint8).reshape(-1, 2)
+        put_half(block, name, at, bits)
     return read_only(block.ravel())
 
 
@@ -124,6 +140,71 @@ BY_HAND: dict[str, tuple[dict[int, str], float, list[tuple[int, int, float]]]] =
         -0.0,
         [(0, 16, 16.0), (0, 1, -7.5), (208, 224, -32.0), (208, 209, 1.0)],
     ),
+    # d 1; rows 0 are eight times -1, 2047 eight times 1; sub-block 7: scale 15, the eighth negative
+    "IQ1_S": ({0: "003c", 33: "ff", 48: "00fe"}, -0.875, [(224, 248, -16.875), (248, 256, 13.125)]),
+    # d 1, C and 3 of its four nibbles not 0; sub-block 15: scale 11; group 31: row 2047, the eighth negative
+    "IQ1_M": (
+        {31: "ff", 47: "f0", 53: "c0", 55: "3a"},
+        -0.875,
+        [(240, 248, -9.625), (248, 256, 9.625)],
+    ),
+    # d 1; rows 0 are eight times 8, 1 begins with 43; sub-block 7: 15.5 / 4; signs 0 and so 7 of group 31
+    "IQ2_XXS": (
+        {0: "003c", 61: "01", 62: "000020f0"},
+        1.0,
+        [(224, 256, 31.0), (248, 249, -166.625), (255, 256, -31.0)],
+    ),
+    # d 2; row 511 is eight times 43; sub-block 15: 4.5 / 4; signs 0 and 1 of group 31, an even number
+    "IQ2_XS": (
+        {0: "0040", 64: "ff07", 73: "40"},
+        2.0,
+        [(240, 248, 18.0), (248, 256, 96.75), (248, 250, -96.75)],
+    ),
+    # d 0.5; row 1023 is eight times 43; sub-block 15: 3.5 / 4; signs 0 and 7 of group 31
+    "IQ2_S": (
+        {0: "0038", 33: "ff", 65: "81", 73: "c0", 81: "30"},
+        0.5,
+        [(240, 248, 3.5), (248, 256, -18.8125), (249, 255, 18.8125)],
+    ),
+    # d 1; rows 0 are four times 4, 1 begins with 20; sub-block 7: 1.5 / 2; signs 6 and so 7 of group 31
+    "IQ3_XXS": (
+        {0: "003c", 65: "01", 94: "00000018"},
+        1.0,
+        [(224, 256, 3.0), (252, 253, 15.0), (254, 256, -3.0)],
+    ),
+    # d 1; row 511 is 1, 1, 15, 15; sub-block 7: scale 5; signs 0 and 6 of group 31
+    "IQ3_S": (
+        {0: "003c", 65: "ff", 73: "80", 105: "41", 109: "20"},
+        1.0,
+        [(224, 256, 5.0), (248, 249, -5.0), (254, 255, -75.0), (255, 256, 75.0)],
+    ),
+    # d 0.5; codes 0, 8, 15 are -127, 1, 113
+    "IQ4_NL": ({0: "0038", 3: "8f"}, -63.5, [(1, 2, 56.5), (17, 18, 0.5)]),
+    # d 0.5; scales -32, but 1 in sub-block 7; weight 255 is code 12, which is 53
+    "IQ4_XS": ({0: "0038", 3: "80", 7: "10", 135: "c0"}, 2032.0, [(224, 256, -63.5), (255, 256, 26.5)]),
+    # d 0.5; bytes 128, 255 and 171 are 0.11111, 0.22222 and 0.2000 in base 3
+    "TQ1_0": (
+        {0: "80", 47: "ff", 51: "ab", 52: "0038"},
+        -0.5,
+        [
+            *((at, at + 1, 0.0) for at in (0, 32, 64, 96, 128)),
+            *((at, at + 1, 0.5) for at in (175, 191, 207, 223, 239, 243)),
+        ],
+    ),
+    # d 0.5; weights 0, 32, 64, 96 are 0 to 3, 255 is 1
+    "TQ2_0": (
+        {0: "e4", 63: "40", 64: "0038"},
+        -0.5,
+        [(32, 33, 0.0), (64, 65, 0.5), (96, 97, 1.0), (255, 256, 0.0)],
+    ),
+    # scale 1 of twice the values; codes 1, 15, 4, and 8, which is no negative zero
+    "MXFP4": ({0: "80", 2: "f1", 16: "84"}, 0.0, [(1, 2, 1.0), (17, 18, -12.0), (15, 16, 4.0)]),
+    # sub-blocks 0 and 3: scales 1 and 2.25 of half the values; 1: scale 0 times -12, 2: 127, which is 0
+    "NVFP4": (
+        {0: "38007f41", 4: "71", 12: "0f", 20: "07", 35: "9f"},
+        0.0,
+        [(0, 1, 0.5), (8, 9, 6.0), (16, 17, -0.0), (55, 56, -13.5), (63, 64, -1.125)],
+    ),
 }
 
 
@@ -164,7 +245,7 @@ def test_every_value_of_each_byte_equals_gguf(name: str) -> None:
     kind = by_name(name)
     block = np.repeat(np.arange(256, dtype=np.uint8)[:, None], kind.block_bytes, axis=1)
     for at in HALVES_AT.get(name, ()):
-        block[:, at : at + 2] = (0x00, 0x3C)
+        put_half(block, name, at, 0x3C00)
     data = read_only(block.ravel())
     assert_same_bits(dequantize(data, name, 256 * kind.block_size), oracle(data, name))
 
@@ -210,6 +291,19 @@ def test_any_range_of_blocks_equals_that_slice_of_the_whole(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_real_width_equal_gguf(name: str) -> None:
+    """A matrix of 9 x 14,336 weights, row by row and backwards into one buffer, as the engine reads it."""
+    kind = by_name(name)
+    blocks = 14_336 // kind.block_size
+    data = random_blocks(name, 9 * blocks, np.random.default_rng(11))
+    expected = oracle(data, name).reshape(9, 14_336)
+    out = np.empty(14_336, np.float32)
+    for row in reversed(range(9)):
+        decoder(name)(data, row * blocks, blocks, out)
+        assert_same_bits(out, expected[row])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_decodes_from_an_odd_address(name: str) -> None:
     kind = by_name(name)
     data = random_blocks(name, 37, np.random.default_rng(5))
@@ -229,13 +323,27 @@ def test_kernel_has_one_signature(name: str) -> None:
     assert len(decoder(name).signatures) == 1  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["IQ4_XS", "Q9_Z", "q4_1", ""])
+@pytest.mark.parametrize("name", ["Q1_0", "Q9_Z", "q4_1", ""])
 def test_type_without_decoder_is_refused_by_name(name: str) -> None:
     for call in (lambda: decoder(name), lambda: dequantize(np.zeros(0, np.uint8), name, 0)):
         with pytest.raises(engine.UnsupportedQuant) as caught:
             call()
         assert repr(name) in str(caught.value)
         assert all(supported in str(caught.value) for supported in NAMES)
+
+
+def test_supported_are_all_that_gguf_decodes() -> None:
+    for kind in GGML_TYPES.values():
+        data = np.zeros(kind.block_bytes, np.uint8)
+        if kind.name in SUPPORTED:
+            assert oracle(data, kind.name).size == kind.block_size
+        else:
+            with pytest.raises(NotImplementedError):
+                oracle(data, kind.name)
+
+
+def test_grids_are_those_that_the_script_makes() -> None:
+    assert make_grids.TARGET.read_text() == make_grids.text()
 
 
 def test_every_other_ggml_type_is_refused() -> None:
