@@ -5,7 +5,7 @@ EngineError
 ├── UnsupportedModel      an architecture, or a setting of it, that no model file here runs
 ├── UnsupportedQuant      a tensor type that cannot be decoded
 ├── UnsupportedTokenizer  a tokenizer or pre-tokenizer that is not known
-└── CapacityError         a batch or a sequence that does not fit what was allocated
+└── CapacityError         a batch, a sequence or a model to be locked that does not fit its memory
 
 Wrong calls raise ValueError or TypeError; a file that cannot be opened raises the operating system's OSError.
 """
@@ -34,4 +34,4 @@ class UnsupportedTokenizer(EngineError):
 
 
 class CapacityError(EngineError):
-    """A batch, a sequence or a cache does not fit the memory that was allocated for it."""
+    """A batch, a sequence or a cache does not fit its allocation, or a model what may be locked."""

@@ -1,4 +1,4 @@
-"""GGUF files, versions 2 and 3: one shared read-only mapping, and views on it.
+"""GGUF files, versions 2 and 3: read-only memory, by default one shared mapping, and views on it.
 
     | magic "GGUF" | version u32 | n_tensors u64 | n_keys u64 |
     | n_keys of    : key string | type u32 | value                                      |
@@ -10,7 +10,8 @@ All numbers are little-endian; a string is a u64 length and UTF-8 bytes; an arra
 
 Opening reads the header once and copies no data: tensors and arrays of numbers are views, strings in arrays
 are located only. Nothing in the file is believed (see `engine.gguf_fields`): whatever is wrong raises
-GGUFFormatError.
+GGUFFormatError. A model may be split over several files (`engine.splits`), and there are other ways to bring
+it into memory than a mapping (`engine.mapping`).
 
 Whoever shortens a file while it is mapped makes its readers die of SIGBUS: replace models by renaming.
 
@@ -19,23 +20,19 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
-import mmap
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import GGUFFormatError
 from engine.ggml_types import GGML_TYPES, GGMLType
-from engine.gguf_fields import CUT_SHORT, U32, U64, FieldReader, MetadataValue, StringArray
+from engine.gguf_fields import CUT_SHORT, INDEX_BYTES, U32, U64, FieldReader, MetadataValue, StringArray
+from engine.mapping import LOAD_MODES, Prefetch, Region, bring_in
+from engine.splits import check_parts, other_parts
 
 __all__ = ["GGUFFile", "MetadataValue", "StringArray", "Tensor", "open"]
 
@@ -58,8 +55,9 @@ class Tensor:
 
     Attributes:
         shape: in NumPy's order, rows before columns: ggml's dimensions reversed.
-        offset: of the first byte, from the start of the file.
-        data: (n_bytes,) uint8, a read-only view on the mapping; keeps it alive.
+        offset: of the first byte, from the start of its file.
+        data: (n_bytes,) uint8, a read-only view on the file's memory; keeps it alive.
+        part: rank of its file in `GGUFFile.paths`.
     """
 
     name: str
@@ -68,41 +66,83 @@ class Tensor:
     offset: int
     n_bytes: int
     data: NDArray[np.uint8]
+    part: int = 0
+
+
+class Part:
+    """One file, its header read; a whole model, or a part of one.
+
+    Attributes:
+        memory_left: of the bytes that a model's headers may cost.
+    """
+
+    def __init__(
+        self, path: str, rank: int = 0, *, copy: bool = False, memory_left: int = INDEX_BYTES
+    ) -> None:
+        """Opens `path`, raising as `engine.open`."""
+        self.path = path
+        self.metadata: dict[str, MetadataValue] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.region = Region(path, copy=copy)
+        try:
+            fields = FieldReader(path, self.region.map, self.region.whole, memory_left)
+            self.version, n_tensors, n_keys = _read_preamble(fields)
+            self.metadata, self.alignment = _read_metadata(fields, n_keys)
+            self.metadata_end = fields.at
+            self.tensors, self.data_offset = _read_tensors(fields, n_tensors, self.alignment, rank)
+            self.memory_left = fields.memory_left
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Gives the memory back as soon as no view is in use."""
+        self.metadata, self.tensors = {}, {}
+        self.region.close()
 
 
 class GGUFFile:
-    """An open GGUF file; see the top of this module. `engine.open` makes one; a context manager.
+    """An open GGUF model; see the top of this module. `engine.open` makes one; a context manager.
 
     Attributes:
-        path: as it was given.
-        version: 2 or 3.
-        n_bytes: the file's size.
+        path: as it was given: the file, or the first part of a split model.
+        paths: of all its files, in order.
+        load: how it was brought into memory, one of `engine.mapping.LOAD_MODES`.
+        n_bytes: the size of its files.
+        version: 2 or 3; like the following, of the first file.
         alignment: of the tensors' offsets, in bytes.
         metadata_end: byte after the last metadata value.
         data_offset: byte from which the tensors' offsets count.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens `path`.
-
-        Raises:
-            GGUFFormatError: the file is not a whole and sound GGUF file.
-            OSError: it cannot be opened (FileNotFoundError, IsADirectoryError, PermissionError ...).
-        """
-        self.path = os.fspath(path)
-        self._map = _map(Path(path))
-        self._whole = np.frombuffer(self._map, np.uint8)
-        self.n_bytes = len(self._map)
+    def __init__(self, path: str | os.PathLike[str], *, load: str = "mmap") -> None:
+        """Opens `path`; see `engine.open`."""
+        if load not in LOAD_MODES:
+            raise ValueError(f"load={load!r}; expected one of {', '.join(LOAD_MODES)}")
+        self.path, self.load = os.fspath(path), load
         self._closed = False
-        fields = FieldReader(self.path, self._map, self._whole)
-        self.version, n_tensors, n_keys = _read_preamble(fields)
-        self._metadata, self.alignment = _read_metadata(fields, n_keys)
-        self.metadata_end = fields.at
-        self._tensors, self.data_offset = _read_tensors(fields, n_tensors, self.alignment)
+        self._prefetch: Prefetch | None = None
+        self._parts: list[Part] = []
+        try:
+            self._parts = _read_parts(self.path)
+            if load == "copy":  # not before all headers are found good
+                self._release()
+                self._parts = _read_parts(self.path, copy=True)
+            self._prefetch = bring_in([part.region for part in self._parts], load)
+        except BaseException:
+            self.close()
+            raise
+        first = self._parts[0]
+        self.paths = tuple(part.path for part in self._parts)
+        self.n_bytes = sum(part.region.whole.size for part in self._parts)
+        self.version, self.alignment = first.version, first.alignment
+        self.metadata_end, self.data_offset = first.metadata_end, first.data_offset
+        self._metadata = first.metadata
+        self._tensors = {name: tensor for part in self._parts for name, tensor in part.tensors.items()}
 
     @property
     def metadata(self) -> Mapping[str, MetadataValue]:
-        """Values by key, in file order.
+        """Values by key, in file order; those of a split model's first part.
 
         Python scalars and strings; arrays of strings are StringArrays; arrays of numbers are read-only views,
         not always aligned (copy them for a kernel); arrays of arrays are tuples.
@@ -112,31 +152,32 @@ class GGUFFile:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Tensors by name, in file order."""
+        """Tensors by name, in the files' order."""
         self._check_open()
         return self._tensors
 
     def resident_bytes(self) -> int:
-        """Bytes of the file in the page cache, in whole pages (mincore).
+        """Bytes of all files in the page cache, in whole pages (mincore); for `copy`, of the copy in memory.
 
-        The kernel calls every page resident for a process that neither owns the file nor may write it.
+        The kernel calls every page resident for a process that neither owns a file nor may write it.
         """
         self._check_open()
-        pages = np.empty(-(-self.n_bytes // mmap.PAGESIZE), np.uint8)
-        mincore = ctypes.CDLL(None, use_errno=True).mincore
-        mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        if mincore(self._whole.ctypes.data, self.n_bytes, pages.ctypes.data):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), self.path)
-        return int(np.count_nonzero(pages & 1)) * mmap.PAGESIZE
+        return sum(part.region.resident_bytes() for part in self._parts)
 
     def close(self) -> None:
-        """Gives the mapping back; views still in use keep it until they are gone, and stay valid."""
+        """Gives the memory back; views still in use keep it until they are gone, and stay valid."""
         if self._closed:
             return
         self._closed = True
-        self._metadata, self._tensors, self._whole = {}, {}, np.empty(0, np.uint8)
-        with contextlib.suppress(BufferError):  # a view is in use somewhere
-            self._map.close()
+        if self._prefetch is not None:
+            self._prefetch.stop()
+        self._metadata, self._tensors = {}, {}
+        self._release()
+
+    def _release(self) -> None:
+        for part in self._parts:
+            part.close()
+        self._parts = []
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -152,27 +193,36 @@ class GGUFFile:
             raise ValueError(f"{self.path} is closed")
 
 
-def open(path: str | os.PathLike[str]) -> GGUFFile:
-    """Opens a GGUF file: reads its header, maps its tensors, copies nothing.
+def open(path: str | os.PathLike[str], *, load: str = "mmap") -> GGUFFile:
+    """Opens a GGUF model: reads its header, maps its tensors, copies nothing.
+
+    Args:
+        path: the file, or the first part of a split model; the other parts lie beside it.
+        load: how its bytes come into memory: `mmap`, `populate`, `mlock`, `copy` or `prefetch`
+            (`engine.mapping`). All headers are checked before anything else is read.
 
     Raises:
-        GGUFFormatError: the file is not a whole and sound GGUF file.
-        OSError: it cannot be opened (FileNotFoundError, IsADirectoryError, PermissionError ...).
+        GGUFFormatError: a file is not a whole and sound GGUF file; parts are missing or not of one model.
+        CapacityError: `mlock`, and the process may not lock as much.
+        ValueError: `load` is none of those.
+        OSError: a file cannot be opened or read (FileNotFoundError, IsADirectoryError, PermissionError ...).
     """
-    return GGUFFile(path)
+    return GGUFFile(path, load=load)
 
 
-def _map(path: Path) -> mmap.mmap:
-    """The whole file, shared and read-only."""
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "is a directory; name the .gguf file in it", str(path))
-    if not stat.S_ISREG(mode):  # opening a pipe would block
-        raise GGUFFormatError(f"{path}: not a regular file, which a mapping needs; copy it to one")
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise GGUFFormatError(f"{path}: the file is empty; {CUT_SHORT}")
-        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+def _read_parts(path: str, *, copy: bool = False) -> list[Part]:
+    """The file and, if it is the first part of a split model, all others; headers share one budget."""
+    parts: list[Part] = []
+    try:
+        parts.append(Part(path, copy=copy))
+        for rank, other in enumerate(other_parts(path, parts[0].metadata), 1):
+            parts.append(Part(other, rank, copy=copy, memory_left=parts[-1].memory_left))
+        check_parts(parts)
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise
+    return parts
 
 
 def _read_preamble(fields: FieldReader) -> tuple[int, int, int]:
@@ -215,7 +265,9 @@ def _read_metadata(fields: FieldReader, n_keys: int) -> tuple[dict[str, Metadata
     return metadata, alignment
 
 
-def _read_tensors(fields: FieldReader, n_tensors: int, alignment: int) -> tuple[dict[str, Tensor], int]:
+def _read_tensors(
+    fields: FieldReader, n_tensors: int, alignment: int, part: int
+) -> tuple[dict[str, Tensor], int]:
     """The tensors in file order, and the byte from which their offsets count."""
     rows: list[tuple[str, GGMLType, tuple[int, ...], int, int]] = []
     names: set[str] = set()
@@ -234,7 +286,8 @@ def _read_tensors(fields: FieldReader, n_tensors: int, alignment: int) -> tuple[
         if begin + n_bytes > fields.end:
             what = f"{fields.path}: tensor {_short(name)} ends at byte {begin + n_bytes:,} but the file has"
             raise GGUFFormatError(f"{what} {fields.end:,}; {CUT_SHORT}")
-        tensors[name] = Tensor(name, type_, shape, begin, n_bytes, fields.whole[begin : begin + n_bytes])
+        data = fields.whole[begin : begin + n_bytes]
+        tensors[name] = Tensor(name, type_, shape, begin, n_bytes, data, part)
     for one, other in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
         if one.offset + one.n_bytes > other.offset:
             fields.where = f"tensors {_short(one.name)} and {_short(other.name)}"

@@ -104,12 +104,14 @@ MetadataValue: TypeAlias = "int | float | bool | str | NDArray[Any] | StringArra
 class FieldReader:
     """Reads fields of a mapping; refuses what does not fit the file, or the memory a header may cost."""
 
-    def __init__(self, path: str, mapping: mmap.mmap, whole: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, path: str, mapping: mmap.mmap, whole: NDArray[np.uint8], memory_left: int = INDEX_BYTES
+    ) -> None:
         self.path, self.map, self.whole = path, mapping, whole
         self.end = len(mapping)
         self.at = 0
         self.where = "header"  # what messages name: the key or the tensor
-        self._memory_left = INDEX_BYTES
+        self.memory_left = memory_left
 
     def fail(self, what: str, at: int | None = None, way_on: str = DAMAGED) -> NoReturn:
         """Raises GGUFFormatError for a field at byte `at` (default: where reading has come to)."""
@@ -148,8 +150,8 @@ class FieldReader:
         self.fail(f"unknown value type {type_id}, expected 0 to 12", begun)
 
     def _charge(self, n_bytes: int) -> None:
-        self._memory_left -= n_bytes
-        if self._memory_left < 0:
+        self.memory_left -= n_bytes
+        if self.memory_left < 0:
             self.fail(f"indexing the header would take more than {INDEX_BYTES >> 20} MiB of memory")
 
     def _text(self, what: str, longest: int) -> str:

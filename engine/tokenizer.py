@@ -1,16 +1,11 @@
 """Text to token ids and back, from the vocabulary in a GGUF file; the ids are llama.cpp's.
 
-    text --cut out special tokens--> fragments --pre-tokenizer--> pieces --byte-level BPE--> ids
+    text --cut out special tokens--> fragments --byte-level BPE or SentencePiece-type BPE--> ids
 
-Byte-level BPE writes each byte as one printable character, joins neighbours by the rank of their merge,
-leftmost first, and looks the symbols that remain up. The `tokenizers` library does this and the
-pre-tokenizers' regular expressions. The rest follows llama.cpp where it and the library differ:
+The two kinds are in `engine.byte_pairs` and `engine.sentencepiece`. Special tokens are cut out one by one,
+longest first, each over the whole text, not at the leftmost match.
 
-- special tokens are cut out one by one, longest first, each over the whole text, not at the leftmost match;
-- a byte that the vocabulary has no token for is dropped, but keeps its neighbours apart (the library would
-  let them merge). SmolLM2 lacks 21 bytes: six control characters, and what UTF-8 hardly or never uses.
-
-Source: llama.cpp, `llama_vocab::impl::tokenize` and `llm_tokenizer_bpe_session`.
+Source: llama.cpp, `llama_vocab::impl::tokenize`.
 """
 
 from __future__ import annotations
@@ -18,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -26,29 +20,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.pretokenizers import PATTERNS, pre_tokenizer
-from engine.vocabulary import BYTE_OF, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, piece, read_vocabulary
+from engine.byte_pairs import BytePairs
+from engine.pretokenizers import RULES
+from engine.sentencepiece import SentencePiece
+from engine.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, piece, read_vocabulary
 
 if TYPE_CHECKING:
-    import tokenizers
-
     from engine.gguf import GGUFFile
 
 _log = logging.getLogger(__name__)
 
-_CHUNK_CHARS = 1 << 16  # handed to the library at once: it works in some hundred bytes a character
-_CUT = re.compile(r"(?<=\S)[ \n]")  # all pre-tokenizers begin a piece at white space behind something else
+_WHITE_SPACE = " \t\n\v\f\r"  # of C's `isspace`
 
 
 class Tokenizer:
     """The tokenizer of a GGUF file.
 
     Attributes:
-        model: `tokenizer.ggml.model`; `gpt2`, byte-level BPE, is the one that is supported.
-        pre: name of the pre-tokenizer, in `engine.pretokenizers.PATTERNS`; `default` if the file names none.
+        model: `tokenizer.ggml.model`: `gpt2`, byte-level BPE, or `llama`, SentencePiece-type.
+        pre: name of the pre-tokenizer, in `engine.pretokenizers.RULES`; `default` if the file names none, and
+            for SentencePiece-type ones, which have none.
         n_vocab: V, number of tokens in the list; a model's embedding may have more rows.
         bos_id, eos_id: tokens that begin and end a text, None where the file names none.
-        add_bos, add_eos: whether `encode` adds them; False where the file does not say.
+        add_bos, add_eos: whether `encode` adds them. Where the file does not say, BOS is added by
+            SentencePiece-type ones and some pre-tokenizers, and EOS by none.
+        add_space_prefix: whether `encode` puts a space in front of the text, which `decode` gives back.
         sha256: hexadecimal digest of all that determines the ids: vocabulary, types, merges, patterns, flags.
     """
 
@@ -59,6 +55,7 @@ class Tokenizer:
     eos_id: int | None
     add_bos: bool
     add_eos: bool
+    add_space_prefix: bool
     sha256: str
 
     def __init__(self, file: GGUFFile) -> None:
@@ -73,13 +70,14 @@ class Tokenizer:
         self.model, self.pre, self.n_vocab = vocabulary.model, vocabulary.pre, len(vocabulary.tokens)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.add_bos, self.add_eos = vocabulary.add_bos, vocabulary.add_eos
+        self.add_space_prefix = vocabulary.add_space_prefix
         self.sha256 = _digest(vocabulary)
 
         special = np.flatnonzero(np.isin(self._types, (UNKNOWN, CONTROL, USER_DEFINED))).tolist()
         special.sort(key=lambda token: -len(self._tokens[token].encode()))
-        # text, id, whether it is cut out even if special tokens are to be read as text
-        self._special = [(self._tokens[i], i, bool(self._types[i] == USER_DEFINED)) for i in special]
-        self._bpe = _byte_pair_encoder(vocabulary)
+        self._special = [(self._tokens[i], i) for i in special]
+        self._strips = vocabulary.strips
+        self._pairs = SentencePiece(vocabulary) if self.model == "llama" else BytePairs(vocabulary)
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
@@ -87,7 +85,8 @@ class Tokenizer:
         """Token ids of `text`, those of `llama_tokenize`.
 
         Bytes that have no token in the vocabulary are dropped, with a warning in the log; otherwise the ids
-        stand for exactly the bytes of `text` in UTF-8.
+        stand for exactly the bytes of `text` in UTF-8, and the spaces in front if `add_space_prefix`: one for
+        the text, and one more behind every special token in it.
 
         Args:
             add_special: put BOS in front and EOS behind, if the file wants them (`add_bos`, `add_eos`).
@@ -107,11 +106,10 @@ class Tokenizer:
             if isinstance(fragment, int):
                 arrays.append(_one(fragment))
                 continue
-            for chunk in _chunks(fragment):
-                ids = np.array(self._bpe.encode(chunk, add_special_tokens=False).ids, dtype=np.int32)
-                known = ids[ids < self.n_vocab]
-                n_dropped += len(ids) - len(known)
-                arrays.append(known)
+            ids = self._pairs.encode(fragment)
+            known = ids[ids < self.n_vocab]
+            n_dropped += len(ids) - len(known)
+            arrays.append(known)
         if add_special and self.add_eos:
             arrays.append(_one(self.eos_id))
         if n_dropped:
@@ -146,14 +144,18 @@ class Tokenizer:
     @cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes of every token."""
-        return [piece(text, kind) for text, kind in zip(self._tokens, self._types.tolist(), strict=True)]
+        kinds = self._types.tolist()
+        return [piece(text, kind, self.model) for text, kind in zip(self._tokens, kinds, strict=True)]
 
     def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
         """`text` with special tokens cut out: stretches of text, none empty, and ids."""
         fragments: list[str | int] = [text] if text else []
-        for special, token, always in self._special:
-            if (always or parse_special) and special in text:
-                fragments = [part for fragment in fragments for part in _cut_out(special, token, fragment)]
+        for special, token in self._special:
+            if (parse_special or self._types[token] == USER_DEFINED) and special in text:
+                stripped = _WHITE_SPACE if token in self._strips else ""
+                fragments = [
+                    part for fragment in fragments for part in _cut_out(special, token, fragment, stripped)
+                ]
         return fragments
 
 
@@ -164,42 +166,31 @@ def _one(token: int | None) -> NDArray[np.int32]:
 
 def _digest(vocabulary: Vocabulary) -> str:
     """SHA-256 of all that determines ids; the patterns are in it, so that a change of ours shows too."""
+    rules = RULES[vocabulary.pre]
     flags = [vocabulary.bos_id, vocabulary.eos_id, vocabulary.add_bos, vocabulary.add_eos]
-    rules = [vocabulary.model, vocabulary.pre, PATTERNS[vocabulary.pre], flags]
-    digest = hashlib.sha256(json.dumps([rules, vocabulary.tokens, vocabulary.merges]).encode())
+    said: list[object] = [vocabulary.model, vocabulary.pre, rules.patterns, flags]
+    if rules.ignore_merges:
+        said.append("ignore_merges")
+    if vocabulary.model == "llama":
+        said += [vocabulary.add_space_prefix, sorted(vocabulary.strips)]
+    digest = hashlib.sha256(json.dumps([said, vocabulary.tokens, vocabulary.merges]).encode())
     digest.update(vocabulary.types.astype("<i4").tobytes())
+    digest.update(vocabulary.scores.astype("<f4").tobytes())
     return digest.hexdigest()
 
 
-def _byte_pair_encoder(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    """The library's encoder; bytes without a token get ids from V on, for the caller to drop."""
-    from tokenizers import Tokenizer, models  # here, not above: importing the engine has to be fast
-
-    ids = {text: i for i, text in enumerate(vocabulary.tokens)}
-    for symbol in BYTE_OF:
-        ids.setdefault(symbol, len(ids))
-    encoder = Tokenizer(models.BPE(ids, vocabulary.merges))
-    encoder.pre_tokenizer = pre_tokenizer(vocabulary.pre)
-    return encoder
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """`text` in stretches that may be tokenized apart."""
-    start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + _CHUNK_CHARS)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def _cut_out(special: str, token: int, fragment: str | int) -> Iterator[str | int]:
-    """`fragment` with every `special` in it replaced by `token`."""
+def _cut_out(special: str, token: int, fragment: str | int, stripped: str) -> Iterator[str | int]:
+    """`fragment` with every `special` in it, and characters of `stripped` behind it, replaced by `token`."""
     if isinstance(fragment, int):
         yield fragment
         return
-    for i, text in enumerate(fragment.split(special)):
-        if i:
-            yield token
-        if text:
-            yield text
+    start = 0
+    while (at := fragment.find(special, start)) >= 0:
+        if at > start:
+            yield fragment[start:at]
+        yield token
+        start = at + len(special)
+        while start < len(fragment) and fragment[start] in stripped:
+            start += 1
+    if start < len(fragment):
+        yield fragment[start:]

@@ -9,13 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UnsupportedTokenizer
-from engine.pretokenizers import PATTERNS
+from engine.pretokenizers import RULES
 
 if TYPE_CHECKING:
     from engine.gguf import GGUFFile, MetadataValue
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 """Types of tokens; 1 is normal, 5 unused."""
 
+SPACE = "\u2581"
+"""What a space is written as in SentencePiece-type vocabularies."""
+
 _KEY = "tokenizer.ggml."
+_MODELS = {"gpt2": "byte-level BPE", "llama": "SentencePiece-type"}
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that stand for themselves
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]  # are U+0100, U+0101, ... in this order
 
@@ -47,6 +51,8 @@ _FILL_NAMES = {  # of fill-in-the-middle, by key: the first of the vocabulary, u
     "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
     "fim_sep": "<|file_sep|>",
 }
+_SHOWN_NAMES = "<|channel|> <|message|> <|start|> <|constrain|>"  # user-defined, whatever the file says
+_KEEP_SPACE_NAMES = ("<unk>", "<s>", "<|endoftext|>")  # of Phi-3's special tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,12 +60,15 @@ class Vocabulary:
     """What a file says about its tokenizer, checked.
 
     Attributes:
-        model: `gpt2`, byte-level BPE.
-        pre: name of the pre-tokenizer, in `engine.pretokenizers.PATTERNS`.
+        model: `gpt2`, byte-level BPE, or `llama`, SentencePiece-type.
+        pre: name of the pre-tokenizer, in `engine.pretokenizers.RULES`; `default` if SentencePiece-type.
         tokens: V different texts, none empty.
         types: (V,) int32.
-        merges: pairs of tokens whose concatenation is a token, by rank, none twice.
+        merges: byte-level: pairs of tokens whose concatenation is a token, by rank, none twice.
+        scores: SentencePiece-type: (V,) float32, the highest is merged first. Empty if byte-level.
         bos_id, eos_id: None where the file names none; not None if `add_bos`, `add_eos`.
+        add_space_prefix: SentencePiece-type: a space is put in front of the text, and behind special tokens.
+        strips: tokens that take the white space behind them with them when they are cut out of a text.
     """
 
     model: str
@@ -67,10 +76,13 @@ class Vocabulary:
     tokens: list[str]
     types: NDArray[np.int32]
     merges: list[tuple[str, str]]
+    scores: NDArray[np.float32]
     bos_id: int | None
     eos_id: int | None
     add_bos: bool
     add_eos: bool
+    add_space_prefix: bool
+    strips: frozenset[int]
 
 
 def read_vocabulary(file: GGUFFile) -> Vocabulary:
@@ -80,23 +92,30 @@ def read_vocabulary(file: GGUFFile) -> Vocabulary:
         UnsupportedTokenizer: another model or pre-tokenizer; a vocabulary that is incomplete or inconsistent.
     """
     fields = _Fields(file.path, file.metadata)
-    model, pre = fields.text("model"), fields.text("pre", "default")
-    if model != "gpt2":
-        raise fields.error("model", f"is {model!r}; supported is 'gpt2', byte-level BPE")
-    if pre not in PATTERNS:
-        supported = ", ".join(map(repr, PATTERNS))
+    model = fields.text("model")
+    if model not in _MODELS:
+        supported = ", ".join(f"{name!r} ({kind})" for name, kind in _MODELS.items())
+        raise fields.error("model", f"is {model!r}; supported are {supported}: use a model with one of these")
+    by_score = model == "llama"
+    pre = "default" if by_score else fields.text("pre", "") or "default"  # by score there is none
+    if pre not in RULES:
+        supported = ", ".join(map(repr, RULES))
         raise fields.error("pre", f"is {pre!r}; supported are {supported}: use a model with one of these")
     tokens = fields.tokens()
+    types = fields.types(tokens)
     vocabulary = Vocabulary(
         model=model,
         pre=pre,
         tokens=tokens,
-        types=fields.types(tokens),
-        merges=fields.merges(tokens),
-        bos_id=fields.token_id("bos", len(tokens)),
-        eos_id=fields.token_id("eos", len(tokens)),
-        add_bos=fields.flag("add_bos_token"),
-        add_eos=fields.flag("add_eos_token"),
+        types=types,
+        merges=[] if by_score else fields.merges(tokens),
+        scores=fields.scores(tokens) if by_score else np.empty(0, dtype=np.float32),
+        bos_id=fields.token_id("bos", len(tokens), 1 if by_score else None),
+        eos_id=fields.token_id("eos", len(tokens), 2 if by_score else None),
+        add_bos=fields.flag("add_bos_token", by_score or RULES[pre].add_bos),
+        add_eos=fields.flag("add_eos_token", False),
+        add_space_prefix=by_score and fields.flag("add_space_prefix", True),
+        strips=fields.strips(tokens, types) if by_score else frozenset(),
     )
     if vocabulary.add_bos and vocabulary.bos_id is None:
         raise fields.error("add_bos_token", f"is true, but there is no {_KEY}bos_token_id to add")
@@ -105,7 +124,12 @@ def read_vocabulary(file: GGUFFile) -> Vocabulary:
     return vocabulary
 
 
-def piece(text: str, kind: int) -> bytes:
+def byte_token(byte: int) -> str:
+    """The text of the token that stands for one byte in a SentencePiece-type vocabulary."""
+    return f"<0x{byte:02X}>"
+
+
+def piece(text: str, kind: int, model: str) -> bytes:
     """The bytes that a token stands for: none for control tokens and the unknown token."""
     if kind in (UNKNOWN, CONTROL):
         return b""
@@ -113,6 +137,8 @@ def piece(text: str, kind: int) -> bytes:
         return text.encode()
     if kind == BYTE and re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
         return bytes.fromhex(text[3:5])
+    if model == "llama":
+        return text.replace(SPACE, " ").encode()
     try:
         return bytes(map(BYTE_OF.__getitem__, text))
     except KeyError:  # not in the byte-level alphabet, like added tokens that are marked normal
@@ -136,9 +162,8 @@ class _Fields:
             raise self.error(name, f"is {value!r}, not a string; convert the model again")
         return value
 
-    def flag(self, name: str) -> bool:
-        """False where the file does not say, which is llama.cpp's default for these pre-tokenizers."""
-        value = self._metadata.get(_KEY + name, False)
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._metadata.get(_KEY + name, default)
         if not isinstance(value, bool):
             raise self.error(name, f"is {value!r}, not true or false; convert the model again")
         return value
@@ -165,23 +190,50 @@ class _Fields:
 
     def types(self, tokens: Sequence[str]) -> NDArray[np.int32]:
         """(V,) int32: all normal where the file has none; control for tokens that are such by their text."""
-        value = self._metadata.get(_KEY + "token_type")
-        if value is None:
-            value = np.ones(len(tokens), dtype=np.int32)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
-            raise self.error("token_type", "is not an array of integers; convert the model again")
-        if len(value) != len(tokens):
-            raise self.error(
-                "token_type",
-                f"has {len(value):,} entries for {len(tokens):,} tokens; convert the model again",
-            )
-        types = value.astype(np.int32)
+        types = self.numbers("token_type", "iu", 1, len(tokens)).astype(np.int32)
         ids = {text: i for i, text in enumerate(tokens)}
         types[[ids[name] for name in _END_NAMES.split() if name in ids]] = CONTROL
         for role, names in _FILL_NAMES.items():
             if f"{_KEY}{role}_token_id" not in self._metadata:
                 types[sorted(ids[name] for name in names.split() if name in ids)[:1]] = CONTROL
+        types[[ids[name] for name in _SHOWN_NAMES.split() if name in ids]] = USER_DEFINED
         return types
+
+    def numbers(self, name: str, kinds: str, default: int, n: int) -> NDArray[Any]:
+        """An array with a number for each of `n` tokens; all `default` where the file has none."""
+        value = self._metadata.get(_KEY + name)
+        if value is None:
+            return np.full(n, default)
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+            what = "integers" if kinds == "iu" else "numbers"
+            raise self.error(name, f"is not an array of {what}; convert the model again")
+        if len(value) != n:
+            raise self.error(name, f"has {len(value):,} entries for {n:,} tokens; convert the model again")
+        return value
+
+    def scores(self, tokens: Sequence[str]) -> NDArray[np.float32]:
+        """(V,) float32; also checks that all bytes that may be needed have a token."""
+        scores = self.numbers("scores", "fi", 0, len(tokens)).astype(np.float32)
+        if np.isnan(scores).any():
+            at = int(np.isnan(scores).argmax())
+            raise self.error("scores", f"is not a number for token {at}, {tokens[at]!r}; convert again")
+        known = set(tokens)
+        for byte in (*range(0xC0), *range(0xC2, 0xF5)):  # those that UTF-8 has
+            if byte_token(byte) not in known and not (byte < 0x80 and chr(byte).replace(" ", SPACE) in known):
+                raise self.error(
+                    "tokens",
+                    f"holds no {byte_token(byte)!r}, so some texts have no ids; "
+                    "use a model whose vocabulary was made with byte fallback",
+                )
+        return scores
+
+    def strips(self, tokens: Sequence[str], types: NDArray[np.int32]) -> frozenset[int]:
+        """Special tokens of models called Phi-3: their files do not say that these take white space along."""
+        name = str(self._metadata.get("general.name", "")).lower()
+        if "phi-3" not in name and "phi3" not in name:
+            return frozenset()
+        special = np.flatnonzero(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED))).tolist()
+        return frozenset(i for i in special if tokens[i] not in _KEEP_SPACE_NAMES)
 
     def merges(self, tokens: Sequence[str]) -> list[tuple[str, str]]:
         """Pairs to merge, by rank; of equal ones the first counts."""
@@ -202,10 +254,11 @@ class _Fields:
             pairs[left, right] = None
         return list(pairs)
 
-    def token_id(self, name: str, n_vocab: int) -> int | None:
+    def token_id(self, name: str, n_vocab: int, default: int | None) -> int | None:
+        """None where the file names none, and there is no token `default`."""
         value = self._metadata.get(f"{_KEY}{name}_token_id")
         if value is None:
-            return None
+            return default if default is not None and default < n_vocab else None
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_vocab:
             raise self.error(
                 f"{name}_token_id",

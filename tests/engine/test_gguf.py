@@ -156,9 +156,9 @@ def test_real_file_opens_in_under_20_ms(smollm2: Path) -> None:
     import numba  # noqa: F401  (loads the kernel's path, as in a worker)
 
     def seconds() -> float:
-        begun = time.perf_counter()
+        begun = time.process_time()  # nothing is waited for: on a crowded machine the wall tells of neighbours
         file = engine.open(smollm2)
-        took = time.perf_counter() - begun
+        took = time.process_time() - begun
         file.close()
         return took
 

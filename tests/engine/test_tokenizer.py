@@ -1,16 +1,16 @@
-"""Ids equal llama.cpp's: golden ones (golden/make_tokenizer.py), and live where cyllama is installed."""
+"""Ids equal llama.cpp's: golden ones (golden/make_tokenizer.py), and live where cyllama is installed.
+
+Byte-level BPE, and what all tokenizers share; SentencePiece-type ones are in test_tokenizer_scores.py.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import functools
 import logging
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,59 +28,29 @@ from golden.make_tokenizer import (
     vocabulary_of,
     write_model,
 )
-
-import engine
-from engine import Tokenizer, UnsupportedTokenizer, tokenizer
-from engine.pretokenizers import LETTER, NUMBER, PUNCTUATION
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-MODEL = os.environ.get("PAGEMILL_TEST_MODEL", "")
-DATA = os.environ.get("PAGEMILL_TEST_DATA", "")
-
-needs_model = pytest.mark.skipif(not Path(MODEL).is_file(), reason="PAGEMILL_TEST_MODEL names no GGUF file")
-needs_data = pytest.mark.skipif(not DATA, reason="PAGEMILL_TEST_DATA is not set")
-needs_oracle = pytest.mark.skipif(
-    importlib.util.find_spec("cyllama") is None, reason="cyllama (llama.cpp) is not installed"
+from vocabularies import (
+    DATA,
+    MODEL,
+    check_golden,
+    make,
+    needs_data,
+    needs_model,
+    needs_oracle,
+    read_golden,
+    read_wikitext,
 )
 
-
-class Strings(list[str]):
-    """Stands in for the file's StringArray."""
-
-    def to_list(self) -> list[str]:
-        return list(self)
-
-
-@dataclass
-class File:
-    """What a tokenizer needs of a GGUF file."""
-
-    metadata: dict[str, Any]
-    path: str = "model.gguf"
-
-
-def make(vocabulary: dict[str, Any], **changed: Any) -> Tokenizer:
-    """A tokenizer of a vocabulary with some of `tokenizer.ggml.*` changed; None leaves one out."""
-    metadata = vocabulary | {f"tokenizer.ggml.{key}": value for key, value in changed.items()}
-    found = {key: getattr(value, "value", value) for key, value in metadata.items() if value is not None}
-    strings = {key: Strings(value) if isinstance(value, list) else value for key, value in found.items()}
-    return Tokenizer(File(strings))  # type: ignore[arg-type]
-
+import engine
+from engine import Tokenizer, UnsupportedTokenizer, byte_pairs
+from engine.pretokenizers import LETTER, NUMBER, PUNCTUATION, RULES
 
 TINY = tiny_vocabulary()
+SILENT = {"tokenizer.ggml.add_bos_token": None, "tokenizer.ggml.add_eos_token": None}
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> dict[str, Any]:
     return vocabulary_of(MODEL)
-
-
-def check_golden(name: str, vocabulary: dict[str, Any], pre: str) -> None:
-    golden = json.loads((GOLDEN / f"tokenizer_{name}.json").read_text())[pre]
-    ours = make(vocabulary, pre=pre)
-    for text, expected in zip(NASTY, golden["nasty"], strict=True):
-        assert answers(lambda *a, **k: ours.encode(*a, **k).tolist(), text) == expected, text
-    assert digest(ours.encode(random_text(20_000, seed=1), add_special=False)) == golden["random"]
 
 
 @pytest.mark.parametrize("pre", PRES)
@@ -94,10 +64,6 @@ def test_ids_equal_llama_cpp_smollm2(pre: str, smollm2: dict[str, Any]) -> None:
     check_golden("smollm2", smollm2, pre)
 
 
-def read_wikitext() -> str:
-    return (Path(DATA) / "data" / "wiki.test.raw").read_bytes().decode().removesuffix("\n")
-
-
 @needs_model
 @needs_data
 def test_wikitext2_is_303415_tokens_and_its_own_bytes() -> None:
@@ -107,7 +73,7 @@ def test_wikitext2_is_303415_tokens_and_its_own_bytes() -> None:
     started = time.process_time()
     ids = ours.encode(text)
     assert time.process_time() - started < 3.0
-    golden = json.loads((GOLDEN / "tokenizer_smollm2.json").read_text())
+    golden = read_golden("smollm2")
     assert [len(ids), digest(ids)] == golden["wikitext2"]
     tokens = np.load(Path(DATA) / "oracle" / "smollm2-nll.npz")["tokens"]
     np.testing.assert_array_equal(ids[: tokens.size], tokens.ravel())
@@ -118,7 +84,7 @@ def test_wikitext2_is_303415_tokens_and_its_own_bytes() -> None:
 def test_classes_are_those_of_llama_cpp() -> None:
     from tokenizers import Regex, pre_tokenizers
 
-    golden = json.loads((GOLDEN / "tokenizer_tiny.json").read_text())["classes"]
+    golden = read_golden("tiny")["classes"]
     text = "".join(map(chr, code_points()))
     patterns = {"letter": LETTER, "number": NUMBER, "punctuation": f"[{PUNCTUATION}$+<=>^~|]", "space": r"\s"}
     for kind, pattern in patterns.items():
@@ -129,24 +95,26 @@ def test_classes_are_those_of_llama_cpp() -> None:
         )
 
 
+Pair = tuple[Oracle, Tokenizer]
+
+
 @pytest.fixture(scope="module")
-def oracles(
-    tmp_path_factory: pytest.TempPathFactory, smollm2: dict[str, Any]
-) -> dict[str, tuple[Oracle, Tokenizer]]:
-    pairs = {}
-    for pre in PRES:
+def pair_of(tmp_path_factory: pytest.TempPathFactory, smollm2: dict[str, Any]) -> Callable[[str], Pair]:
+    @functools.cache
+    def pair(pre: str) -> Pair:
         path = write_model(tmp_path_factory.mktemp("vocabulary") / f"{pre}.gguf", smollm2, pre)
         with engine.open(path) as file:
-            pairs[pre] = Oracle(path), Tokenizer(file)
-    return pairs
+            return Oracle(path), Tokenizer(file)
+
+    return pair
 
 
 @needs_oracle
 @needs_model
 @pytest.mark.parametrize("pre", PRES)
-def test_ids_equal_live_llama_cpp(pre: str, oracles: dict[str, tuple[Oracle, Tokenizer]]) -> None:
-    oracle, ours = oracles[pre]
-    for text in [*NASTY, random_text(15_000, seed=3), " ".join(NASTY), "\n".join(reversed(NASTY))]:
+def test_ids_equal_live_llama_cpp(pre: str, pair_of: Callable[[str], Pair]) -> None:
+    oracle, ours = pair_of(pre)
+    for text in [random_text(8_000, seed=3), " ".join(NASTY), "\n".join(reversed(NASTY))]:
         for parse_special in (False, True):
             expected = oracle.encode(text, parse_special=parse_special)
             np.testing.assert_array_equal(ours.encode(text, parse_special=parse_special), expected)
@@ -157,24 +125,38 @@ def test_ids_equal_live_llama_cpp(pre: str, oracles: dict[str, tuple[Oracle, Tok
 @needs_model
 @needs_data
 @pytest.mark.parametrize("pre", PRES)
-def test_wikitext2_equals_live_llama_cpp(pre: str, oracles: dict[str, tuple[Oracle, Tokenizer]]) -> None:
-    oracle, ours = oracles[pre]
-    text = read_wikitext()
-    np.testing.assert_array_equal(ours.encode(text), oracle.encode(text))
+def test_wikitext2_and_long_random_text_equal_live_llama_cpp(
+    pre: str, pair_of: Callable[[str], Pair]
+) -> None:
+    oracle, ours = pair_of(pre)
+    for text in (read_wikitext(), random_text(100_000, seed=7)):
+        np.testing.assert_array_equal(ours.encode(text), oracle.encode(text))
+
+
+@needs_oracle
+@pytest.mark.parametrize("pre", sorted(set(RULES) - set(PRES)))
+def test_names_that_share_patterns_equal_live_llama_cpp(pre: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", TINY | SILENT, pre)
+    oracle = Oracle(path)
+    with engine.open(path) as file:
+        ours = Tokenizer(file)
+    assert ours.add_bos == oracle.vocab.get_add_bos()
+    for text in [*NASTY, random_text(500, seed=8)]:
+        assert ours.encode(text).tolist() == oracle.encode(text), text
 
 
 @needs_oracle
 @pytest.mark.parametrize("pre", [*PRES, None])
 def test_rules_of_special_tokens_equal_live_llama_cpp(pre: str | None, tmp_path: Path) -> None:
-    flags = {"tokenizer.ggml.add_bos_token": None, "tokenizer.ggml.add_eos_token": None}
-    path = write_model(tmp_path / "tiny.gguf", TINY | (flags if pre == "gpt-2" else {}), pre)
+    silent = SILENT if pre in ("gpt-2", "llama-bpe", "qwen2", "tekken") else {}
+    path = write_model(tmp_path / "tiny.gguf", TINY | silent, pre)
     oracle = Oracle(path)
     with engine.open(path) as file:
         ours = Tokenizer(file)
     assert ours.pre == (pre or "default")
     assert (ours.add_bos, ours.add_eos) == (oracle.vocab.get_add_bos(), oracle.vocab.get_add_eos())
     assert (ours.bos_id, ours.eos_id) == (oracle.vocab.token_bos(), oracle.vocab.token_eos())
-    for text in [*NASTY, random_text(3000, seed=4), "<|endoftext|><s>".join(NASTY)]:
+    for text in [*NASTY[::2], random_text(2000, seed=4), "<|endoftext|><s>".join(NASTY)]:
         assert answers(lambda *a, **k: ours.encode(*a, **k).tolist(), text) == answers(oracle.encode, text)
 
 
@@ -182,12 +164,38 @@ def test_rules_of_special_tokens_equal_live_llama_cpp(pre: str | None, tmp_path:
 def test_cutting_the_text_anywhere_gives_the_same_ids(pre: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, text = make(TINY, pre=pre), random_text(4000, seed=5) + read_like_prose()
     whole = ours.encode(text)
-    monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 1)
+    monkeypatch.setattr(byte_pairs, "_CHUNK_CHARS", 1)
     np.testing.assert_array_equal(ours.encode(text), whole)
 
 
 def read_like_prose() -> str:
-    return " \n = Title = \n \n It 's the 1,234th - don 't - of  two   three\t\n\n four .\r\n" * 20
+    lines = " \n = Title = \n \n It 's the 1,234th - don 't - of  two   three\t\n\n four .\r\n+ + 5\n/ !\n\n"
+    return (lines + "\u4e2d\u3002\n\u6587 \u0627 \u0628") * 20
+
+
+def test_pieces_that_are_tokens_stay_whole_under_some_pre_tokenizers() -> None:
+    token = TINY["tokenizer.ggml.tokens"].index("\u0120two")
+    for pre, rules in RULES.items():
+        ids = make(TINY, pre=pre).encode("one two three", add_special=False)
+        assert (token in ids) == rules.ignore_merges == (rules.add_bos), pre
+
+
+def test_bos_is_added_under_some_pre_tokenizers_unless_the_file_says_no() -> None:
+    plain = make(TINY, pre="gpt-2", add_bos_token=None, add_eos_token=None)
+    assert not plain.add_bos
+    for pre in ("llama-bpe", "tekken"):
+        assert make(TINY, pre=pre, add_bos_token=None, add_eos_token=None).encode("").tolist() == [1]
+        assert make(TINY, pre=pre, add_bos_token=False, add_eos_token=None).encode("").tolist() == []
+        with pytest.raises(UnsupportedTokenizer, match="add_bos_token is true, but there is no"):
+            make(TINY, pre=pre, add_bos_token=None, bos_token_id=None)
+
+
+def test_names_of_chat_marks_make_tokens_user_defined() -> None:
+    tokens = [*TINY["tokenizer.ggml.tokens"], "<|start|>"]
+    types = np.append(TINY["tokenizer.ggml.token_type"], np.int32(3))
+    ours = make(TINY, tokens=tokens, token_type=types)
+    assert len(tokens) - 1 in ours.encode("a<|start|>b")
+    assert ours.token_bytes(len(tokens) - 1) == b"<|start|>"
 
 
 @pytest.mark.parametrize("pre", PRES)
@@ -251,7 +259,7 @@ def test_file_may_be_closed(tmp_path: Path) -> None:
 def changes() -> Iterator[Callable[[], Tokenizer]]:
     types, merges = TINY["tokenizer.ggml.token_type"], TINY["tokenizer.ggml.merges"].value
     tokens = TINY["tokenizer.ggml.tokens"]
-    for pre in PRES:
+    for pre in RULES:
         yield lambda pre=pre: make(TINY, pre=pre)  # type: ignore[misc]
     yield lambda: make(TINY, pre="smollm", tokens=[tokens[1], tokens[0], *tokens[2:]])
     yield lambda: make(TINY, pre="smollm", token_type=np.where(types == 5, 1, types))
@@ -270,10 +278,10 @@ def test_digest_changes_with_all_that_determines_ids() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "llama"}, r"tokenizer.ggml.model is 'llama'; supported is 'gpt2'"),
+        ({"model": "bert"}, r"model is 'bert'; supported are 'gpt2' \(byte-level BPE\), 'llama' \(Sent"),
         ({"model": None}, r"tokenizer.ggml.model is missing"),
         ({"model": 3}, r"is 3, not a string"),
-        ({"pre": "llama-bpe"}, r"pre is 'llama-bpe'; supported are 'smollm', 'gpt-2', 'default'"),
+        ({"pre": "gpt-4o"}, f"pre is 'gpt-4o'; supported are {', '.join(map(repr, RULES))}: use a model"),
         ({"tokens": None}, r"tokenizer.ggml.tokens is missing"),
         ({"tokens": []}, r"tokens is empty"),
         ({"tokens": np.zeros(3, np.int32)}, r"tokens is not an array of strings"),
@@ -306,9 +314,10 @@ def test_surrogates_are_refused() -> None:
         make(TINY).encode("a\ud800b")
 
 
+@pytest.mark.parametrize("pre", ["default", "llama-bpe", "tekken", "deepseek-llm"])
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "1", "\u00e9", "'", "\u4e2d", " \t"])
-def test_long_runs_take_linear_time(unit: str) -> None:
-    ours, text = make(TINY, pre="default"), unit * (200_000 // len(unit)) + "x"
+def test_long_runs_take_linear_time(unit: str, pre: str) -> None:
+    ours, text = make(TINY, pre=pre), unit * (200_000 // len(unit)) + "x"
     started = time.process_time()
     assert ours.decode(ours.encode(text)) == text.encode()
     assert time.process_time() - started < 5.0
