@@ -21,7 +21,10 @@ from jobs.overrides import quote_paths, split_flags
 if TYPE_CHECKING:
     from jobs.failures import Failure
 
-JOBS = {"perplexity": "perplexity of a GGUF model over a text, with its errors, as a table and an MLflow run"}
+JOBS = {
+    "perplexity": "perplexity of a GGUF model over a text, with its errors, or of a grid of them",
+    "results": "what all runs so far came to, chosen, sorted, as a table, CSV, Markdown or JSON",
+}
 
 HELP = """\
 pagemill JOB key=value ...
@@ -35,9 +38,12 @@ pagemill --version
 
 pagemill perplexity experiment=demo
 pagemill perplexity model.path=FILE.gguf data.path=TEXT.txt protocol.limit=8
+pagemill perplexity 'sweep={{model.path:[a.gguf,b.gguf],protocol.window:[512,2048]}}' data=pydoc sort=ppl
+pagemill results results.sort=ppl results.format=csv
 
 Paths are written as the shell gives them; spaces, commas and = need no quotes of Hydra's.
-The last line of standard output is one JSON object; everything else goes to standard error.
+The last line of standard output is one JSON object, below the text that `results` was asked for; everything
+else goes to standard error.
 Exit codes: 0 done, 2 refused before work, 3 incomplete, 4 a bug of ours, 130 interrupted.
 PAGEMILL_DEBUG=1 shows tracebacks."""
 
@@ -87,7 +93,8 @@ def execute(job: str, words: Sequence[str]) -> int:
         line = outcome.CURRENT.line(job, failure)
         if line["error"]:
             _tell(line["error"]["message"], line["error"]["hint"])
-        stdout.write_line(to_json(line))
+        stdout.write(outcome.CURRENT.text)
+        stdout.write(to_json(line) + "\n")
     return int(line["exit_code"])
 
 

@@ -35,10 +35,14 @@ class Stopped(BaseException):
 
 @dataclass
 class Outcome:
-    """The runs of this process so far: one, or several with Hydra's `--multirun`."""
+    """The runs of this process so far: one, or several with Hydra's `--multirun`.
+
+    `text` is for standard output, before the JSON line.
+    """
 
     results: Path | None = None
     summaries: list[dict[str, Any]] = field(default_factory=list)
+    text: str = ""
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
@@ -56,11 +60,9 @@ class Outcome:
         """
         from omegaconf import OmegaConf
 
-        from jobs.schema import keys, nearest, unknown
         from pipeline.errors import SettingsError
 
-        for key in unknown(OmegaConf.to_container(cfg, resolve=False), schema):
-            raise SettingsError(f"unknown key {key}", f"did you mean {nearest(key, keys(schema))}?")
+        _check_keys(cfg, schema)
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise SettingsError(
@@ -72,6 +74,24 @@ class Outcome:
         settings = OmegaConf.to_object(cfg)
         self.results = Path(settings.paths.results).expanduser()  # type: ignore[union-attr]
         return cast(Settings, settings)
+
+    def swept(self, cfg: DictConfig, schema: type) -> bool:
+        """Whether the config is a sweep: its points are checked one by one, so required keys may be missing.
+
+        Raises:
+            SettingsError: as `begin`, for a key that is not known.
+        """
+        from omegaconf import OmegaConf
+
+        _check_keys(cfg, schema)
+        results = OmegaConf.select(cfg, "paths.results")
+        self.results = None if results is None else Path(results).expanduser()
+        return bool(OmegaConf.select(cfg, "sweep"))
+
+    def answer(self, text: str, summary: Mapping[str, Any]) -> None:
+        """Keep what a question was answered: text for standard output, and keys for the JSON line."""
+        self.text += text
+        self.summaries.append(dict(summary))
 
     def finish(self, result: RunResult) -> None:
         """Keep a finished run's summary and show it to the person at the terminal."""
@@ -99,6 +119,16 @@ class Outcome:
 
 CURRENT = Outcome()
 """This process's; the command line starts it afresh for each call."""
+
+
+def _check_keys(cfg: DictConfig, schema: type) -> None:
+    from omegaconf import OmegaConf
+
+    from jobs.schema import keys, nearest, unknown
+    from pipeline.errors import SettingsError
+
+    for key in unknown(OmegaConf.to_container(cfg, resolve=False), schema):
+        raise SettingsError(f"unknown key {key}", f"did you mean {nearest(key, keys(schema))}?")
 
 
 def _complete(job: str, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PATH_ENDINGS = ("path", "dir", "out")
-LITERAL_KEYS = ("tracking.uri",)
+LITERAL_KEYS = ("tracking.uri", "results.where")
 """Not paths, but texts from outside as well; `~` stays."""
+OPEN_KEYS = ("sweep", "results.filter")
+"""Mappings with keys of the user's: Hydra wants `++` before those."""
 
 _FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd"),
@@ -68,6 +70,8 @@ def _quote_word(word: str, sweeping: bool) -> str:
     if word.startswith("-") or match is None:
         return word
     key, value = match.groups()
+    if key in OPEN_KEYS and value.lstrip().startswith("{"):
+        return f"++{word}"
     if not (is_path_key(key) or key.lstrip("+") in LITERAL_KEYS):
         return word
     if sweeping and "," in value and not Path(value).expanduser().exists():

@@ -17,7 +17,7 @@ from typing import Any
 
 
 class StdoutGuard:
-    """Within it descriptor 1 leads to standard error; `write_line` reaches the real standard output."""
+    """Within it descriptor 1 leads to standard error; `write` reaches the real standard output."""
 
     def __init__(self) -> None:
         self._real: int | None = None
@@ -29,10 +29,10 @@ class StdoutGuard:
         divert_stdout()
         return self
 
-    def write_line(self, text: str) -> None:
-        """Write one line; a reader that has gone away is no error."""
+    def write(self, text: str) -> None:
+        """Write text; a reader that has gone away is no error."""
         _flush()
-        data = memoryview((text + "\n").encode())
+        data = memoryview(text.encode(errors="backslashreplace"))
         try:
             while self._real is not None and data:
                 data = data[os.write(self._real, data) :]

@@ -31,7 +31,8 @@ def text(job: str) -> str:
     module = import_module(f"jobs.{job}")
     root = Path(conf.__path__[0])
     defaults = dict(_DEFAULT.findall((root / f"{job}.yaml").read_text(encoding="utf-8")))
-    parts = [f"pagemill {job} key=value ...", (module.__doc__ or "").strip(), _groups(root, defaults)]
+    parts = [f"pagemill {job} key=value ...", (module.__doc__ or "").strip()]
+    parts += [_groups(root, defaults)] if defaults.keys() & schema.groups().keys() else []
     parts += [_keys(module.SCHEMA, _comments(job, root)), _TAIL]
     return "\n\n".join(parts)
 

@@ -7,21 +7,24 @@
     shards.py      store.py  tables.py           immutable files; a finished shard is its file
     worker.py      scores a shard                cluster.py    where workers live
     metrics.py     sums -> perplexity and errors
-    perplexity.py  the run                       tracking.py   its entry in MLflow
+    perplexity.py  runs                          tracking.py   their entries in MLflow
+    sweep.py       a grid of runs as one         results.py    the store read back
 
 Importing this package is cheap; what is heavy is imported by `evaluate`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.progress import Progress
     from pipeline.settings import PerplexitySettings
+    from pipeline.sweep import Point
 
-__all__ = ["RunResult", "evaluate"]
+__all__ = ["RunResult", "evaluate", "evaluate_all"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,19 @@ def evaluate(settings: PerplexitySettings, progress: Progress | None = None) -> 
     from pipeline.perplexity import run
 
     return run(settings, progress)
+
+
+def evaluate_all(points: Sequence[Point], progress: Progress | None = None) -> RunResult:
+    """Perplexities of many models, texts and settings on one pool of workers; see `pipeline.sweep`.
+
+    Returns:
+        a summary with `points`, the summaries of the single runs, each with its axes as `point`.
+
+    Raises:
+        SettingsError: points cannot run and `on_bad_point=refuse`, or none can (exit 2).
+        ClusterUnreachable, EngineError: no worker could be started.
+        KeyboardInterrupt: after the workers are stopped; finished shards stay.
+    """
+    from pipeline.sweep import run
+
+    return run(points, progress)

@@ -19,13 +19,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ClusterUnreachable
-from pipeline.executor import WORKER, Executor, InlineExecutor, OnResult, ShardFailure
+from pipeline.executor import WORKER, Executor, InlineExecutor, OnResult, ShardFailure, Task
 from pipeline.ray_pool import Pool, spread
 from pipeline.runtime import available_cores, environment, prepare_local_ray, prepare_remote_ray, worker_env
 
 if TYPE_CHECKING:
     from pipeline.settings import ClusterSettings, EngineSettings
-    from pipeline.shards import Shard
     from pipeline.worker import WorkerSpec
 
 __all__ = ["Executor", "InlineExecutor", "RayExecutor", "ShardFailure", "open_executor"]
@@ -58,7 +57,7 @@ class RayExecutor:
         self._pool: Pool | None = None
         self._temp_dir: str | None = None
 
-    def start(self, spec: WorkerSpec) -> list[dict[str, Any]]:
+    def start(self, specs: Sequence[WorkerSpec]) -> list[dict[str, Any]]:
         if self._settings.kind == "local":
             self._start_local()
             variables, capacity = None, {node["NodeID"]: self.n_workers for node in self._ray.nodes()}
@@ -79,15 +78,15 @@ class RayExecutor:
             log.warning(
                 "cluster.workers=%d, but only %d fit on the cluster", self._settings.workers, len(places)
             )
-        self._pool = Pool(self._ray, self._factory, spec, self._threads, variables)
+        self._pool = Pool(self._ray, self._factory, specs, self._threads, variables)
         infos = self._pool.start(places)
         self.n_workers = len(infos)
         return infos
 
-    def run(self, shards: Sequence[Shard], on_result: OnResult) -> list[ShardFailure]:
+    def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
         if self._pool is None:
             raise RuntimeError("run() before start()")
-        return self._pool.run(shards, on_result)
+        return self._pool.run(tasks, on_result)
 
     def memory(self) -> list[dict[str, Any]]:
         return [] if self._pool is None else self._pool.memory()

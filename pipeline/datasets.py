@@ -1,21 +1,27 @@
 """Texts by path, pinned by the SHA-256 of their bytes, and refused with a reason when they are others.
 
-A plain text is taken as llama.cpp takes it (protocol.md 2.1): its bytes as they are, less exactly one newline
-at the very end. A JSONL file holds one document a line; the documents are joined by `data.join` into one
-text.
+    sources.py   path, pattern, list or URL -> bytes, in order, decompressed; the digest over all
+    formats.py   bytes -> documents: a text is one, JSONL has one a line, Parquet one a row
+
+Documents are `joined` by `data.join` into one text, as llama.cpp would see them in one file, or kept `apart`:
+then each is tokenized by itself and no window reaches over the end of one. Whatever of this can change a
+score is in `Text.measure`, and only where it does: documents joined, of equal weight and valid UTF-8 add
+nothing to the measure of a plain text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.errors import DataError
-from pipeline.settings import PYTHON_SOURCE, DataSettings
+from pipeline.formats import Documents, documents_of
+from pipeline.settings import DataSettings, PathsSettings
+from pipeline.sources import Source, digest_of, read_sources
 
 WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 _SHAPES = {
@@ -25,120 +31,91 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Text:
-    """One text: documents in order, and where each begins.
+    """One text, or several documents kept apart.
 
-    `sha256` is of the source's bytes (the file, or the UTF-8 of a packaged text), before any newline is taken
-    off. `document_starts` are offsets in bytes of the text's UTF-8, the first is 0.
+    Attributes:
+        text: the documents joined; empty when they are kept apart.
+        sha256: of the sources' bytes (pipeline/sources.py), before any newline is taken off.
+        source: path, for a person.
+        document_starts: of joined documents, offsets in bytes of the text's UTF-8; the first is 0.
+        documents: kept apart, in order; () when joined.
+        weights: one for each of `documents`, or () when all weigh the same.
+        n_replaced: characters U+FFFD that stand for bytes which are no UTF-8.
     """
 
     text: str
     sha256: str
     source: str
     document_starts: tuple[int, ...] = (0,)
+    documents: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    n_replaced: int = 0
+
+    @property
+    def measure(self) -> dict[str, str]:
+        """What the data add to the measure: their digest, and each policy that changed something."""
+        found = {"data_sha256": self.sha256}
+        if len(self.documents) > 1:
+            found["data_documents"] = "apart"
+        if self.weights:
+            found["data_weights_sha256"] = hashlib.sha256(np.array(self.weights, "<f8").tobytes()).hexdigest()
+        if self.n_replaced:
+            found["data_errors"] = "replace"
+        return found
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was done to the data that a person should know."""
+        if not self.n_replaced:
+            return []
+        return [
+            f"{self.source}: {self.n_replaced:,} characters U+FFFD stand for bytes that are not UTF-8 "
+            "(data.errors=replace)"
+        ]
 
 
-def load_text(settings: DataSettings) -> Text:
+def load_text(settings: DataSettings, cache: Path | None = None) -> Text:
     """Read, check and decode the data set that `data.*` names.
+
+    Args:
+        settings: `documents` null is joined here; `PerplexitySettings.resolved` has asked the protocol.
+        cache: where URLs are fetched to; None is the default `paths.cache`.
 
     Raises:
         DataError: missing, unreadable or empty source; other bytes than `data.sha256` says; invalid UTF-8; a
-        JSONL
-            line that is broken or lacks the field.
+            row that is broken or lacks the field; no document with a word in it.
     """
-    raw = _packaged_text(settings.path) if settings.path.startswith(PYTHON_SOURCE) else _read(settings.path)
-    if not raw.strip():
-        size = "is empty" if not raw else f"holds nothing but {len(raw):,} bytes of white space"
-        raise DataError(f"{settings.path}: the data {size}", "data.path must name a text with words in it")
-    digest = hashlib.sha256(raw).hexdigest()
+    sources = read_sources(settings, cache or Path(PathsSettings().cache).expanduser())
+    digest = digest_of(sources)
     if settings.sha256 is not None and digest != settings.sha256.lower():
-        raise _mismatch(settings.path, raw, settings.sha256.lower(), digest)
-    text = _decode(settings.path, raw)
-    if settings.format == "jsonl":
-        documents = _jsonl_documents(settings.path, text, settings.field)
-        return Text(settings.join.join(documents), digest, settings.path, _starts(documents, settings.join))
-    return Text(text.removesuffix("\n"), digest, settings.path)
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
+        raise _mismatch(settings.path, sources, settings.sha256.lower(), digest)
+    found = Documents()
+    for source in sources:
+        part = documents_of(source, settings)
+        found.texts += part.texts
+        found.weights += part.weights
+        found.n_replaced += part.n_replaced
+    if not any(text.strip() for text in found.texts):
         raise DataError(
-            f"{path}: no such file", "set data.path to a text file, or choose a data set by data=NAME"
-        ) from None
-    except IsADirectoryError:
-        raise DataError(
-            f"{path}: is a folder, expected a text file", "give the file inside it as data.path"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror}", "check the file's permissions"
-        ) from error
-
-
-def _packaged_text(path: str) -> bytes:
-    """`python:A.B` -> the mapping `B` of module `A.B`: its texts in key order, blank lines between, UTF-8."""
-    module = path.removeprefix(PYTHON_SOURCE)
-    try:
-        texts = getattr(importlib.import_module(module), module.rpartition(".")[2], None)
-    except (ImportError, ValueError):
-        texts = None
-    if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
-        raise DataError(
-            f"{path}: this Python has no module {module!r} with a mapping of texts under its own last name",
-            f"expected for example data.path={PYTHON_SOURCE}pydoc_data.topics, or a file",
+            f"{settings.path}: none of its {len(found.texts):,} documents has a word in it",
+            "data.path must name a text with words in it; data.field its column or key",
         )
-    return "\n".join(texts[key] for key in sorted(texts)).encode()
-
-
-def _decode(path: str, raw: bytes) -> str:
-    """UTF-8 with nothing translated: a CRLF stays a CRLF."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            hint = "it begins like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"
-        else:
-            hint = "convert it, for example: iconv -f LATIN1 -t UTF-8 FILE > NEW"
-        line = raw.count(b"\n", 0, error.start) + 1
-        byte = raw[error.start]
-        raise DataError(
-            f"{path}: byte {error.start:,} (line {line:,}) is 0x{byte:02x}, not UTF-8: {error.reason}",
-            hint,
-        ) from None
-
-
-def _jsonl_documents(path: str, text: str, field: str) -> list[str]:
-    documents: list[str] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number:,}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{where} is not JSON: {error}", "data.format=jsonl wants one JSON object a line"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{where} is a JSON {type(record).__name__}, expected an object", "see data.format"
-            )
-        if not isinstance(record.get(field), str):
-            found = (
-                "is no string"
-                if field in record
-                else f"is missing; it has {', '.join(map(repr, record)) or 'none'}"
-            )
-            raise DataError(f"{where}: field {field!r} {found}", "name the text's field by data.field=NAME")
-        try:
-            record[field].encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{where}: field {field!r} holds half of a surrogate pair", "it is no text; fix it"
-            ) from None
-        documents.append(record[field])
-    return documents
+    if settings.documents == "apart":
+        return Text(
+            "",
+            digest,
+            settings.path,
+            documents=tuple(found.texts),
+            weights=tuple(found.weights),
+            n_replaced=found.n_replaced,
+        )
+    return Text(
+        settings.join.join(found.texts),
+        digest,
+        settings.path,
+        _starts(found.texts, settings.join),
+        n_replaced=found.n_replaced,
+    )
 
 
 def _starts(documents: list[str], join: str) -> tuple[int, ...]:
@@ -149,8 +126,19 @@ def _starts(documents: list[str], join: str) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _mismatch(path: str, raw: bytes, expected: str, actual: str) -> DataError:
+def _mismatch(path: str, sources: Sequence[Source], expected: str, actual: str) -> DataError:
     """Another digest: try what usually happens to such files and say what was found."""
+    kept = [str(source.kept) for source in sources if source.kept is not None]
+    hint = "other bytes give other perplexities: get the original file, or drop data.sha256 to score this one"
+    if kept:
+        hint += f"; fetched before as {', '.join(kept)}: remove that to fetch it again"
+    if len(sources) > 1:
+        return DataError(
+            f"{path}: SHA-256 of {len(sources)} files is {actual}, expected {expected}: "
+            "another file, or another order",
+            hint,
+        )
+    raw = sources[0].raw
     causes = []
     repairs = {
         "its line ends are CRLF; with LF line ends the digest is right": raw.replace(b"\r\n", b"\n"),
@@ -167,7 +155,7 @@ def _mismatch(path: str, raw: bytes, expected: str, actual: str) -> DataError:
     usual = "; ".join(causes) or "it is another text, another split or another version"
     return DataError(
         f"{path}: SHA-256 is {actual}, expected {expected}: {usual}",
-        "other bytes give other perplexities: get the original file, or drop data.sha256 to score this one",
+        hint,
     )
 
 

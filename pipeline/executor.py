@@ -1,14 +1,17 @@
 """What runs shards: the interface that a run knows, and the executor that is a for-loop.
 
-The rules of a run, whatever the executor. One call in flight per worker. An exception of ours sets its shard
-aside at once and is never retried. A process that dies takes its shard back to the queue's end; a shard that
-ended `MAX_KILLS` processes is set aside. When nobody is left to work, the rest of the shards is handed back,
-not waited for.
+The rules, whatever the executor. Shards of several runs share the workers: they stand in one queue, each with
+the spec of its run, and no worker waits at a run's end. A worker has one model open and is handed shards of
+that file while there are any. One call in flight per worker. An exception of ours sets its shard aside at
+once and is never retried. A process that dies takes its shard back to the end of the file's shards; a shard
+that ended `MAX_KILLS` processes is set aside. When nobody is left to work, the rest of the shards is handed
+back, not waited for.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,16 +26,27 @@ MAX_KILLS = 3  # processes that a shard may end before it is set aside
 
 log = logging.getLogger(__name__)
 
-OnResult = Callable[["ShardResult"], None]
-
 
 class Worker(Protocol):
     """What runs shards; `EvalWorker` is the real one."""
 
     def ready(self) -> dict[str, Any]: ...
+    def turn_to(self, spec: WorkerSpec) -> None: ...
     def run(self, shard: Shard) -> ShardResult: ...
     def memory(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A shard, all that a worker must be told of its run, and the file that it needs open."""
+
+    spec: WorkerSpec
+    shard: Shard
+    file: str = ""
+
+
+OnResult = Callable[[Task, "ShardResult"], None]
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,15 @@ class ShardFailure:
     was left).
     """
 
-    shard: Shard
+    task: Task
     kind: str
     cause: str
     attempts: int
+
+    @property
+    def shard(self) -> Shard:
+        """The task's."""
+        return self.task.shard
 
 
 class Executor(Protocol):
@@ -54,19 +73,22 @@ class Executor(Protocol):
 
     n_workers: int
 
-    def start(self, spec: WorkerSpec) -> list[dict[str, Any]]:
+    def start(self, specs: Sequence[WorkerSpec]) -> list[dict[str, Any]]:
         """Start workers and wait until they can work; returns what each says of itself.
 
         On every host one worker warms up alone before the others start there.
 
+        Args:
+            specs: of runs to come, in their order; a worker begins with the first one that it can open.
+
         Raises:
             ClusterUnreachable: no worker could be started.
-            Exception: what every worker raised while it got ready.
+            Exception: what every worker raised while it got ready, of the first spec.
         """
         ...
 
-    def run(self, shards: Sequence[Shard], on_result: OnResult) -> list[ShardFailure]:
-        """Run shards in any order, calling `on_result` here after each; returns those set aside, in order."""
+    def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
+        """Run tasks in any order, calling `on_result` here after each; returns those set aside, in order."""
         ...
 
     def memory(self) -> list[dict[str, Any]]:
@@ -78,10 +100,84 @@ class Executor(Protocol):
         ...
 
 
+class Queue:
+    """Tasks that are left, by file in the order given: each file's are handed out before the next one's."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._files: dict[str, deque[Task]] = {}
+        for task in tasks:
+            self.put(task)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._files.values()))
+
+    def put(self, task: Task) -> None:
+        """Add a task behind the others of its file."""
+        self._files.setdefault(task.file, deque()).append(task)
+
+    def take(self, file: str | None = None) -> Task:
+        """The next task of that file, of the first one that has any when it has none."""
+        tasks = self._files.get(file) if file is not None else None
+        return (tasks or next(tasks for tasks in self._files.values() if tasks)).popleft()
+
+    def tasks(self) -> list[Task]:
+        """What is left, in order."""
+        return [task for tasks in self._files.values() for task in tasks]
+
+    def specs(self) -> list[WorkerSpec]:
+        """The first spec of each file that has tasks left."""
+        return [tasks[0].spec for tasks in self._files.values() if tasks]
+
+
 def make_worker(factory: str, spec: WorkerSpec) -> Worker:
     """Import and call a worker factory."""
     module, _, name = factory.partition(":")
     return cast(Worker, getattr(import_module(module), name)(spec))
+
+
+class Host:
+    """Holds one worker, made on first use, and turns it to whatever run the next shard belongs to."""
+
+    def __init__(self, factory: str) -> None:
+        self._factory = factory
+        self._worker: Worker | None = None
+        self._spec: WorkerSpec | None = None
+
+    def ready(self, specs: Sequence[WorkerSpec]) -> dict[str, Any]:
+        """Have a worker, for the first spec that can be opened; raises what the first one raised if none."""
+        first: Exception | None = None
+        for spec in specs:
+            try:
+                return self._turned_to(spec).ready() if self._worker is None else self._worker.ready()
+            except Exception as error:
+                log.warning("a worker cannot open its run: %s", describe(error))
+                first = first or error
+        raise first or ValueError("no spec to begin with")
+
+    def run(self, task: Task) -> ShardResult:
+        """Run a task's shard."""
+        return self._turned_to(task.spec).run(task.shard)
+
+    def memory(self) -> dict[str, Any]:
+        """See `Executor.memory`; the worker has one."""
+        if self._worker is None:
+            raise RuntimeError("memory() before there is a worker")
+        return self._worker.memory()
+
+    def close(self) -> None:
+        """Let the worker go, if there is one."""
+        worker, self._worker, self._spec = self._worker, None, None
+        if worker is not None:
+            worker.close()
+
+    def _turned_to(self, spec: WorkerSpec) -> Worker:
+        if self._worker is None:
+            self._worker = make_worker(self._factory, spec)
+        elif self._spec != spec:
+            self._spec = None  # should the turn fail, the next task turns again
+            self._worker.turn_to(spec)
+        self._spec = spec
+        return self._worker
 
 
 class InlineExecutor:
@@ -91,38 +187,40 @@ class InlineExecutor:
 
     def __init__(self, factory: str = WORKER) -> None:
         self._factory = factory
-        self._worker: Worker | None = None
+        self._host: Host | None = None
 
-    def start(self, spec: WorkerSpec) -> list[dict[str, Any]]:
-        self._worker = make_worker(self._factory, spec)
-        return [self._worker.ready()]
+    def start(self, specs: Sequence[WorkerSpec]) -> list[dict[str, Any]]:
+        host = Host(self._factory)
+        info = host.ready(specs)
+        self._host = host
+        return [info]
 
-    def run(self, shards: Sequence[Shard], on_result: OnResult) -> list[ShardFailure]:
-        if self._worker is None:
+    def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
+        if self._host is None:
             raise RuntimeError("run() before start()")
         failures = []
-        for shard in shards:
+        for task in tasks:
             try:
-                result = self._worker.run(shard)
+                result = self._host.run(task)
             except Exception as error:
-                failures.append(set_aside(shard, "error", describe(error), 1))
+                failures.append(set_aside(task, "error", describe(error), 1))
             else:
-                on_result(result)
+                on_result(task, result)
         return failures
 
     def memory(self) -> list[dict[str, Any]]:
-        return [] if self._worker is None else [self._worker.memory()]
+        return [] if self._host is None else [self._host.memory()]
 
     def close(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.close()
+        host, self._host = self._host, None
+        if host is not None:
+            host.close()
 
 
-def set_aside(shard: Shard, kind: str, cause: str, attempts: int) -> ShardFailure:
+def set_aside(task: Task, kind: str, cause: str, attempts: int) -> ShardFailure:
     """Record and report a shard that will not be finished."""
-    log.error("shard %d is set aside (%s): %s", shard.first_window, kind, cause)
-    return ShardFailure(shard, kind, cause, attempts)
+    log.error("shard %d is set aside (%s): %s", task.shard.first_window, kind, cause)
+    return ShardFailure(task, kind, cause, attempts)
 
 
 def describe(error: BaseException) -> str:

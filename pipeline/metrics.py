@@ -16,6 +16,16 @@ The clustered error lets the tokens of one window depend on each other in any wa
 method for exp. CR1's factor is G / (G - 1) * (N - 1) / (N - K) with K = 1 regressor, hence G / (G - 1).
 Source: Liang & Zeger 1986, https://doi.org/10.1093/biomet/73.1.13; tests/reference/perplexity.py has the
 matrix form. Both are one standard error, not a 95 % interval.
+
+Documents may have weights (`data.weight`); a window's is w_g, of its document. They are importance weights:
+a document of weight 2 counts as if its score stood there twice, and all weights alike are none at all.
+
+    nll_mean_nats         m = sum_g w_g S_g / sum_g w_g n_g          words and bytes likewise: sum_g w_g b_g
+    ppl_stderr            exp(m) * sqrt(N / (N - 1) * sum_g w_g^2 (Q_g - 2 m S_g + m^2 n_g)) / sum_g w_g n_g
+    ppl_stderr_clustered  exp(m) * sqrt(G / (G - 1) * sum_g (w_g (S_g - m * n_g))^2) / sum_g w_g n_g
+
+that is, the errors of a weighted mean whose weights are known numbers; a weight is no count of observations.
+`n_scored`, `n_windows` and `nll_sha256` are of the windows as they are, and so are the rows of the table.
 """
 
 from __future__ import annotations
@@ -47,8 +57,8 @@ def perplexity(windows: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
 
     Args:
         windows: columns of the window table, (G,) each and in window order: `nll_sum_nats`, `nll_sq_sum`
-        float64,
-            `n_scored`, `n_bytes`, `n_words` integers.
+            float64, `n_scored`, `n_bytes`, `n_words` integers; `weight` float64, NaN or left out where all
+            weigh alike.
 
     Returns:
         the names above with `n_windows`, `n_scored` and `nll_sha256`; None where a figure is not defined (one
@@ -57,14 +67,24 @@ def perplexity(windows: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """
     sums = np.asarray(windows["nll_sum_nats"], np.float64)
     counts = np.asarray(windows["n_scored"], np.int64)
+    weights = _weights(windows, sums.size)
     n_windows, n_scored = int(sums.size), int(counts.sum())
-    total, squares = math.fsum(sums.tolist()), math.fsum(windows["nll_sq_sum"].tolist())
-    mean = total / n_scored
+    if weights is None:
+        total, squares = math.fsum(sums.tolist()), math.fsum(windows["nll_sq_sum"].tolist())
+        n_tokens: float = n_scored
+        n_bytes, n_words = float(windows["n_bytes"].sum()), float(windows["n_words"].sum())
+        mean = total / n_scored
+        variance = squares / n_scored - mean * mean
+        stderr = math.sqrt(variance / (n_scored - 1)) if variance > 0 and n_scored > 1 else None
+    else:
+        total, n_tokens = _dot(weights, sums), _dot(weights, counts)
+        n_bytes, n_words = _dot(weights, windows["n_bytes"]), _dot(weights, windows["n_words"])
+        mean = total / n_tokens
+        squares = _dot(weights**2, windows["nll_sq_sum"] - 2 * mean * sums + mean * mean * counts)
+        factor = n_scored / (n_scored - 1) if n_scored > 1 else 0.0
+        stderr = math.sqrt(factor * squares) / n_tokens if factor * squares > 0 else None
     ppl = _exp(mean)
-    n_bytes, n_words = int(windows["n_bytes"].sum()), int(windows["n_words"].sum())
-    variance = squares / n_scored - mean * mean
-    stderr = math.sqrt(variance / (n_scored - 1)) if variance > 0 and n_scored > 1 else None
-    clustered = clustered_stderr(sums, counts) if n_windows > 1 else None
+    clustered = clustered_stderr(sums, counts, weights) if n_windows > 1 else None
     return {
         "ppl": ppl,
         "ppl_stderr": None if ppl is None or stderr is None else ppl * stderr,
@@ -79,12 +99,26 @@ def perplexity(windows: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     }
 
 
-def clustered_stderr(sums: Floats, counts: npt.NDArray[np.int64]) -> float:
-    """Standard error of the mean sum(sums) / sum(counts), clusters = entries, at least two; CR1."""
-    n_clusters, n = sums.size, int(counts.sum())
+def clustered_stderr(sums: Floats, counts: npt.NDArray[np.int64], weights: Floats | None = None) -> float:
+    """Standard error of the mean sum(w * sums) / sum(w * counts), clusters = entries, at least two; CR1."""
+    if weights is not None:
+        sums, scale = weights * sums, weights * counts
+    else:
+        scale = counts.astype(np.float64)
+    n_clusters, n = sums.size, math.fsum(scale.tolist())
     mean = math.fsum(sums.tolist()) / n
-    residuals = sums - mean * counts
+    residuals = sums - mean * scale
     return math.sqrt(n_clusters / (n_clusters - 1) * math.fsum((residuals * residuals).tolist())) / n
+
+
+def _weights(windows: Mapping[str, npt.NDArray[Any]], n: int) -> Floats | None:
+    """(G,) weights, None where the table has none."""
+    weights = np.asarray(windows.get("weight", np.full(n, np.nan)), np.float64)
+    return None if np.isnan(weights).all() else weights
+
+
+def _dot(weights: Floats, values: npt.NDArray[Any]) -> float:
+    return math.fsum((weights * values).tolist())
 
 
 def _exp(value: float) -> float | None:

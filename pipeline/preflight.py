@@ -1,20 +1,25 @@
-"""Everything about a run that can be refused before a worker is started, in order of cost."""
+"""Everything about a run that can be refused before a worker is started, in order of cost.
+
+A sweep checks all its points here before the first one starts. What consecutive points have in common, the
+model's tokenizer, the text, its tokens, is read once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline import provenance, store
-from pipeline.datasets import load_text
-from pipeline.errors import ModelError, StoreError
+from pipeline.datasets import Text, load_text
+from pipeline.errors import ModelError, RefusedError, StoreError
 from pipeline.settings import PerplexitySettings
 from pipeline.shards import Shard, plan
 from pipeline.tokens import TokenStream, token_stream
-from pipeline.windows import open_protocol
+from pipeline.windows import begin_id, open_protocol
 from pipeline.worker import WorkerSpec
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ class Prepared:
     spec: WorkerSpec
     measure: dict[str, Any]
     subject: dict[str, Any]
+    plan: dict[str, Any]
     n_windows: int
     shards: list[Shard]
     finished: store.Finished
@@ -47,33 +53,50 @@ class Prepared:
         return [shard for shard in self.shards if shard not in self.finished.paths]
 
 
-@contextmanager
-def prepared(settings: PerplexitySettings) -> Iterator[Prepared]:
-    """Check settings, results folder, data and model; tokenize; fix the plan; list what is finished.
+class Preflight:
+    """Checks runs; the driver has their model files mapped as long as this is open."""
 
-    A dry run writes nothing under `paths.results` but the folder itself.
+    def __init__(self) -> None:
+        self._files = ExitStack()
+        self._probed: set[Path] = set()
+        self._latest: dict[str, tuple[Any, Any]] = {}  # what was read last, by kind: of what, and itself
 
-    Raises:
-        RefusedError: with all that a user needs to put it right.
-    """
-    warnings = settings.validate()
-    s = settings.resolved()
-    results, cache = Path(s.paths.results), Path(s.paths.cache)
-    store.probe(results, "paths.results")
-    store.probe(cache, "paths.cache")
-    text = load_text(s.data)
-    file, tokenizer = _open_model(s.model.path)
-    with file:
+    def __enter__(self) -> Preflight:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def check(self, settings: PerplexitySettings) -> Prepared:
+        """Check settings, results folder, data and model; tokenize; list what is finished.
+
+        Nothing is written under `paths.results` but the folder itself.
+
+        Raises:
+            RefusedError: with all that a user needs to put it right.
+        """
+        warnings = settings.validate()
+        s = settings.resolved()
+        results, cache = Path(s.paths.results), Path(s.paths.cache)
+        self._probe(results, "paths.results")
+        self._probe(cache, "paths.cache")
+        text: Text = self._once("text", s.data, lambda: load_text(s.data, cache))
+        file, tokenizer = self._once("model", s.model, lambda: self._open_model(s.model.path))
         warnings += _beyond_training(file, s.protocol.window)
-        stream = token_stream(text, tokenizer, cache)
-        bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-        protocol = open_protocol(s.protocol, bos_id)
+        stream: TokenStream = self._once(
+            "stream", (s.data, s.model), lambda: token_stream(text, tokenizer, cache)
+        )
+        bos_id = begin_id(s.protocol, tokenizer)
+        protocol = open_protocol(s.protocol, bos_id, stream)
         n_windows = protocol.n_windows(stream.tokens.size)
         measure = {
-            "data_sha256": text.sha256,
+            **text.measure,
             "tokens_sha256": stream.sha256,
             **protocol.measure(stream.tokens.size),
         }
+        warnings += text.remarks + protocol.remarks
         subject = provenance.subject_of(_digest(s.model.path, cache), s.engine.kv)
         run_key = provenance.run_key(measure, subject)
         folder = store.windows_folder(results, run_key)
@@ -85,13 +108,7 @@ def prepared(settings: PerplexitySettings) -> Iterator[Prepared]:
             "subject": subject,
             "version": provenance.version(),
         }
-        if s.dry_run:
-            fixed = store.read_plan(folder, wanted) or wanted
-        else:
-            _make(folder)
-            _make(store.runs_folder(results, run_key))
-            fixed = store.fix_plan(folder, wanted)
-        per_shard = int(fixed["windows_per_shard"])
+        per_shard = int((store.read_plan(folder, wanted) or wanted)["windows_per_shard"])
         if per_shard != s.cluster.windows_per_shard:
             warnings.append(
                 f"cluster.windows_per_shard={s.cluster.windows_per_shard} is ignored: "
@@ -120,9 +137,47 @@ def prepared(settings: PerplexitySettings) -> Iterator[Prepared]:
                 "version": provenance.version(),
             },
         )
-        yield Prepared(
-            s, file, stream, spec, measure, subject, n_windows, shards, finished, warnings + finished.remarks
+        warnings += finished.remarks
+        return Prepared(
+            s, file, stream, spec, measure, subject, wanted, n_windows, shards, finished, warnings
         )
+
+    def begin(self, ready: Prepared) -> Prepared:
+        """Make the run's folders and fix its plan; from here on it counts as begun.
+
+        Raises:
+            StoreError, StorageFailure: a folder or the plan cannot be written.
+        """
+        folder = Path(ready.spec.run_dir)
+        _make(folder)
+        _make(store.runs_folder(Path(ready.settings.paths.results), ready.spec.run_key))
+        fixed = store.fix_plan(folder, ready.plan)
+        if int(fixed["windows_per_shard"]) != ready.spec.windows_per_shard:
+            return self.check(ready.settings)  # another driver began the same run a moment ago, otherwise
+        return ready
+
+    def _probe(self, folder: Path, key: str) -> None:
+        if folder not in self._probed:
+            store.probe(folder, key)
+            self._probed.add(folder)
+
+    def _once(self, kind: str, what: Any, read: Callable[[], Any]) -> Any:
+        """What was read last of this kind, or why it was refused; read anew when something else is asked."""
+        if self._latest.get(kind, (None, None))[0] != what:
+            self._latest.pop(kind, None)  # first: two tokenizers or texts at once are never needed
+            try:
+                self._latest[kind] = what, read()
+            except RefusedError as error:
+                self._latest[kind] = what, error
+        found = self._latest[kind][1]
+        if isinstance(found, RefusedError):
+            raise found
+        return found
+
+    def _open_model(self, path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
+        file, tokenizer = _open_model(path)
+        self._files.enter_context(file)
+        return file, tokenizer
 
 
 def _open_model(path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
@@ -160,7 +215,7 @@ def _refused(path: str, error: Exception, hint: str) -> ModelError:
 
 def _digest(path: str, cache: Path) -> str:
     try:
-        return provenance.file_sha256(Path(path), cache)
+        return provenance.model_sha256(Path(path), cache)
     except OSError as error:
         raise ModelError(
             f"{path}: {error.strerror}", "the file must stay readable", kind=type(error).__name__

@@ -21,9 +21,19 @@ class Progress(Protocol):
     """What a run tells while it works."""
 
     def start(
-        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+        self,
+        total_windows: int,
+        done_windows: int = 0,
+        *,
+        n_scored: int = 0,
+        nll_sum: float = 0.0,
+        mixed: bool = False,
     ) -> None:
-        """Begin; windows that an earlier run finished count as done, with their sums where they are known."""
+        """Begin; windows that an earlier run finished count as done, with their sums where they are known.
+
+        Args:
+            mixed: windows of several runs, which have no perplexity in common.
+        """
         ...
 
     def note(self, message: str) -> None:
@@ -83,7 +93,13 @@ class NoProgress:
     """Shows nothing."""
 
     def start(
-        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+        self,
+        total_windows: int,
+        done_windows: int = 0,
+        *,
+        n_scored: int = 0,
+        nll_sum: float = 0.0,
+        mixed: bool = False,
     ) -> None:
         pass
 
@@ -106,9 +122,15 @@ class LineProgress:
         self._tally: Tally | None = None
 
     def start(
-        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+        self,
+        total_windows: int,
+        done_windows: int = 0,
+        *,
+        n_scored: int = 0,
+        nll_sum: float = 0.0,
+        mixed: bool = False,
     ) -> None:
-        self._tally = Tally(total_windows, done_windows, n_scored, nll_sum)
+        self._tally = Tally(total_windows, done_windows, n_scored, math.inf if mixed else nll_sum)
         self._last = time.monotonic()
         log.info(
             "%d windows to score%s",
@@ -152,10 +174,16 @@ class BarProgress:
         self._task: TaskID | None = None
 
     def start(
-        self, total_windows: int, done_windows: int = 0, *, n_scored: int = 0, nll_sum: float = 0.0
+        self,
+        total_windows: int,
+        done_windows: int = 0,
+        *,
+        n_scored: int = 0,
+        nll_sum: float = 0.0,
+        mixed: bool = False,
     ) -> None:
         self.stop()
-        self._tally = Tally(total_windows, done_windows, n_scored, nll_sum)
+        self._tally = Tally(total_windows, done_windows, n_scored, math.inf if mixed else nll_sum)
         bar = self._display()
         self._task = bar.add_task(
             "", total=total_windows, completed=done_windows, note="scoring", **self._figures()

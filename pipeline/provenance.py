@@ -83,6 +83,26 @@ def file_sha256(path: Path, cache: Path) -> str:
     return digest
 
 
+def model_sha256(path: Path, cache: Path) -> str:
+    """SHA-256 of a model, as `file_sha256` keeps it: of the file's bytes.
+
+    Of a split model, whose first part `path` is: SHA-256 over its parts' digests, each 64 hex digits and a
+    newline, in order; `sha256sum NAME-*-of-*.gguf | cut -c -64 | sha256sum` prints it. It depends on neither
+    the parts' names nor their folder, and only a part that changed is read again.
+
+    Raises:
+        EngineError: it is no GGUF model, or parts are missing or not of one model.
+        OSError: a file cannot be read.
+    """
+    import engine
+
+    with engine.open(path) as file:
+        digests = [file_sha256(Path(part), cache) for part in file.paths]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+
+
 def version() -> str:
     """Version of the installed distribution."""
     try:

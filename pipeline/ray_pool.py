@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ClusterUnreachable
-from pipeline.executor import MAX_KILLS, OnResult, ShardFailure, Worker, describe, make_worker, set_aside
+from pipeline.executor import MAX_KILLS, Host, OnResult, Queue, ShardFailure, Task, describe, set_aside
 from pipeline.runtime import setup_logging
 
 if TYPE_CHECKING:
-    from pipeline.shards import Shard
-    from pipeline.worker import ShardResult, WorkerSpec
+    from pipeline.worker import WorkerSpec
 
 MAX_RESTARTS = 3  # of one actor, by Ray
 MAX_BARREN = 2  # actors in a row, each restarted that often, that never became ready: their place is given up
@@ -47,45 +46,34 @@ def spread(capacity: Mapping[str, int], wanted: int | None) -> list[str]:
     return places if wanted is None else places[:wanted]
 
 
-class Hosted:
-    """What an actor holds. The first probe makes the worker, so that its errors arrive as ordinary ones."""
+class Hosted(Host):
+    """What an actor holds. A probe makes the worker, so that its errors arrive as ordinary ones."""
 
-    def __init__(self, factory: str, spec: WorkerSpec) -> None:
+    def __init__(self, factory: str) -> None:
         setup_logging()
-        self._factory, self._spec = factory, spec
-        self._worker: Worker | None = None
-
-    def ready(self) -> dict[str, Any]:
-        return self._made().ready()
-
-    def run(self, shard: Shard) -> ShardResult:
-        return self._made().run(shard)
-
-    def memory(self) -> dict[str, Any]:
-        return self._made().memory()
-
-    def _made(self) -> Worker:
-        if self._worker is None:
-            self._worker = make_worker(self._factory, self._spec)
-        return self._worker
+        super().__init__(factory)
 
 
 @dataclass(eq=False)
 class Actor:
-    """An actor in its place: `barren` ones before it never became ready; `info` is what it said of itself."""
+    """An actor in its place: `barren` ones before it never became ready; `info` is what it said of itself.
+
+    `file` is the one that its last shard had open.
+    """
 
     node: str
     handle: Any
     barren: int
     is_ready: bool = False
     info: dict[str, Any] | None = None
+    file: str | None = None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A shard's call that ended: its result, or why there is none."""
+    """A task's call that ended: its result, or why there is none."""
 
-    shard: Shard
+    task: Task
     result: Any = None
     error: BaseException | None = None
     is_ours: bool = False
@@ -96,14 +84,21 @@ class Pool:
 
     Args:
         ray: the module, connected.
+        specs: see `pipeline.executor.Executor.start`.
         threads: CPUs of one worker.
         environment: variables that each worker's process is started with, None where they are inherited.
     """
 
     def __init__(
-        self, ray: Any, factory: str, spec: WorkerSpec, threads: int, environment: dict[str, str] | None
+        self,
+        ray: Any,
+        factory: str,
+        specs: Sequence[WorkerSpec],
+        threads: int,
+        environment: dict[str, str] | None,
     ) -> None:
-        self._ray, self._factory, self._spec = ray, factory, spec
+        self._ray, self._factory = ray, factory
+        self._specs = list(specs)  # what a worker that gets ready may open, the first that it can
         self._options: dict[str, Any] = {
             "num_cpus": threads,
             "max_restarts": MAX_RESTARTS,
@@ -113,7 +108,7 @@ class Pool:
         if environment is not None:
             self._options["runtime_env"] = {"env_vars": environment}
         self._actors: list[Actor] = []
-        self._calls: dict[Any, tuple[Actor, Shard | None]] = {}  # in flight; no shard marks a probe
+        self._calls: dict[Any, tuple[Actor, Task | None]] = {}  # in flight; no task marks a probe
         self._later: Counter[str] = Counter()  # workers of a node that wait for its first one's warm-up
         self._last_loss: BaseException | None = None
 
@@ -125,7 +120,7 @@ class Pool:
 
         Raises:
             ClusterUnreachable: none could be started in time.
-            Exception: what the last of the workers raised, when none could open its spec.
+            Exception: what the last of the workers raised, when none could open any spec.
         """
         self._later = Counter(places)
         self._later.subtract(self._later.keys())
@@ -137,33 +132,40 @@ class Pool:
             self._refuse()
         return infos
 
-    def run(self, shards: Sequence[Shard], on_result: OnResult) -> list[ShardFailure]:
+    def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
         """See `pipeline.executor.Executor.run`."""
-        todo, kills, failures = deque(shards), Counter[Any](), []
+        todo, kills, failures = Queue(tasks), Counter[Task](), []
+        rank = {task: i for i, task in enumerate(tasks)}
         working = time.monotonic()
+        self._hand_out(todo)
         while todo or self._n_running():
-            self._hand_out(todo)
             if self._n_running():
                 working = time.monotonic()
             if not self._calls or time.monotonic() - working > START_TIMEOUT_S:
                 break
+            results = []
             for ended in self._finished(timeout_s=1.0):
-                shard, error = ended.shard, ended.error
+                task, error = ended.task, ended.error
                 if error is None:
-                    on_result(ended.result)
+                    results.append(ended)
                 elif ended.is_ours:
-                    failures.append(set_aside(shard, "error", describe(error), kills[shard] + 1))
+                    failures.append(set_aside(task, "error", describe(error), kills[task] + 1))
                 else:
-                    kills[shard] += 1
-                    if kills[shard] >= MAX_KILLS:
-                        cause = f"its worker's process ended, {kills[shard]} times ({type(error).__name__})"
-                        failures.append(set_aside(shard, "killed", cause, kills[shard]))
+                    kills[task] += 1
+                    if kills[task] >= MAX_KILLS:
+                        cause = f"its worker's process ended, {kills[task]} times ({type(error).__name__})"
+                        failures.append(set_aside(task, "killed", cause, kills[task]))
                     else:
-                        log.warning("shard %d lost its worker, attempt %d", shard.first_window, kills[shard])
-                        todo.append(shard)
+                        log.warning(
+                            "shard %d lost its worker, attempt %d", task.shard.first_window, kills[task]
+                        )
+                        todo.put(task)
+            self._hand_out(todo)  # first: what the caller does with results is no worker's time
+            for ended in results:
+                on_result(ended.task, ended.result)
         loss = "no worker is ready" if self._last_loss is None else describe(self._last_loss)
-        failures += [set_aside(shard, "no worker", loss, kills[shard]) for shard in todo]
-        return sorted(failures, key=lambda failure: failure.shard.first_window)
+        failures += [set_aside(task, "no worker", loss, kills[task]) for task in todo.tasks()]
+        return sorted(failures, key=lambda failure: rank[failure.task])
 
     def memory(self) -> list[dict[str, Any]]:
         """See `pipeline.executor.Executor.memory`; waits for workers that are just being replaced."""
@@ -186,27 +188,29 @@ class Pool:
         self._actors, self._calls = [], {}
 
     def _n_running(self) -> int:
-        return sum(shard is not None for _, shard in self._calls.values())
+        return sum(task is not None for _, task in self._calls.values())
 
-    def _hand_out(self, todo: deque[Shard]) -> None:
-        """A shard for every actor that is ready and has none."""
+    def _hand_out(self, todo: Queue) -> None:
+        """A task for every actor that is ready and has none, of the file that it has open if possible."""
         busy = {id(actor) for actor, _ in self._calls.values()}
         for actor in self._actors:
             if todo and actor.is_ready and id(actor) not in busy:
-                shard = todo.popleft()
-                self._calls[actor.handle.run.remote(shard)] = (actor, shard)
+                task = todo.take(actor.file)
+                actor.file = task.file
+                self._calls[actor.handle.run.remote(task)] = (actor, task)
+        self._specs = todo.specs() or self._specs
 
     def _launch(self, node: str, barren: int = 0) -> None:
         """Start an actor on a node and probe it."""
         strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         hosted = self._ray.remote(Hosted).options(scheduling_strategy=strategy, **self._options)
-        actor = Actor(node, hosted.remote(self._factory, self._spec), barren)
+        actor = Actor(node, hosted.remote(self._factory), barren)
         self._actors.append(actor)
         self._probe(actor)
 
     def _probe(self, actor: Actor) -> None:
-        actor.is_ready = False
-        self._calls[actor.handle.ready.options(max_task_retries=-1).remote()] = (actor, None)
+        actor.is_ready, actor.file = False, None
+        self._calls[actor.handle.ready.options(max_task_retries=-1).remote(self._specs)] = (actor, None)
 
     def _await_workers(self) -> None:
         """Wait for all workers, but not for ever for the last of them."""
@@ -249,7 +253,7 @@ class Pool:
         if ended and rest:
             ended += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         for ref in ended:
-            actor, shard = self._calls.pop(ref)
+            actor, task = self._calls.pop(ref)
             result, error, is_ours = None, None, False
             try:
                 result = self._ray.get(ref)
@@ -259,15 +263,13 @@ class Pool:
                 error = raised
             if error is not None and not is_ours:
                 self._lost(actor, error)
-            elif shard is None and error is None:
+            elif task is None and error is None:
                 self._welcome(actor, result)
-            elif (
-                shard is None and error is not None
-            ):  # it cannot open its spec: another process could not either
+            elif task is None and error is not None:  # it can open no spec: another process could not either
                 self._drop(actor, error)
                 self._later.pop(actor.node, None)
-            if shard is not None:
-                yield Ended(shard, result, error, is_ours)
+            if task is not None:
+                yield Ended(task, result, error, is_ours)
 
     def _welcome(self, actor: Actor, info: Any) -> None:
         """A probe answered: the actor may work, and the rest of its node may start."""

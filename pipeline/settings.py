@@ -13,19 +13,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
 from pipeline.errors import SettingsError
 
-PROTOCOLS = ("windows",)
-DATA_FORMATS = ("text", "jsonl")
+PROTOCOLS = ("windows", "strided", "document")
+DATA_FORMATS = ("text", "jsonl", "parquet")
+DATA_DOCUMENTS = ("joined", "apart")
+DATA_ERRORS = ("strict", "replace")
 KV_TYPES = ("f32", "f16")
 KV_TYPES_COMPUTED = ("f32",)
+LOAD_MODES = ("mmap", "populate", "mlock", "copy", "prefetch")
 CLUSTER_KINDS = ("inline", "local", "ray")
 TRACKING_KINDS = ("none", "local", "server")
+ON_BAD_POINT = ("refuse", "skip")
 PYTHON_SOURCE = "python:"
 """A data path that starts so names a text inside an installed Python package, not a file."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
 
 @dataclass
@@ -37,23 +43,35 @@ class ModelSettings:
 
 @dataclass
 class DataSettings:
-    """A text, by path, optionally pinned by the SHA-256 of its bytes."""
+    """A text, by path or URL, optionally pinned by the SHA-256 of its bytes (pipeline/sources.py).
+
+    `files` is a list in place of `path`. Null `documents`: apart for `protocol=document`, joined otherwise.
+    `weight` names the column or key with a document's weight.
+    """
 
     name: str = "text"
     path: str = MISSING
     sha256: str | None = None
     format: str = "text"
+    files: list[str] = field(default_factory=list)  # before `field`, which hides the function
     field: str = "text"
     join: str = "\n\n"
+    documents: str | None = None
+    weight: str | None = None
+    errors: str = "strict"
 
 
 @dataclass
 class ProtocolSettings:
-    """How the text is cut and what is scored; `limit` keeps the first windows only."""
+    """How the text is cut and what is scored; `limit` keeps the first windows only.
+
+    `stride` is of `protocol=strided` alone; null is half the window.
+    """
 
     name: str = "windows"
     window: int = 512
     limit: int | None = None
+    stride: int | None = None
 
 
 @dataclass
@@ -63,6 +81,7 @@ class EngineSettings:
     threads: int = 1
     batch_tokens: int = 4096
     kv: str = "f32"
+    load: str = "mmap"
 
 
 @dataclass
@@ -104,6 +123,9 @@ class PerplexitySettings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     paths: PathsSettings = field(default_factory=PathsSettings)
+    sweep: dict[str, Any] = field(default_factory=dict)  # pipeline/sweep.py; empty in a point's settings
+    sort: str | None = None
+    on_bad_point: str = "refuse"
     seed: int = 0
     dry_run: bool = False
 
@@ -132,7 +154,7 @@ class PerplexitySettings:
         return replace(
             self,
             model=replace(self.model, path=absolute(self.model.path)),
-            data=replace(self.data, path=absolute(self.data.path)),
+            data=_resolved_data(self.data, self.protocol),
             engine=replace(self.engine, threads=threads),
             cluster=replace(self.cluster, threads_per_worker=threads),
             paths=replace(self.paths, results=absolute(self.paths.results), cache=absolute(self.paths.cache)),
@@ -140,8 +162,21 @@ class PerplexitySettings:
 
 
 def absolute(path: str) -> str:
-    """`~` expanded, absolute, links not followed; a text inside a Python package is left as it is."""
-    return path if path.startswith(PYTHON_SOURCE) else str(Path(path).expanduser().absolute())
+    """`~` expanded, absolute, links not followed; a URL and a text inside a Python package are left alone."""
+    return path if path.startswith(PYTHON_SOURCE) or is_url(path) else str(Path(path).expanduser().absolute())
+
+
+def is_url(path: str) -> bool:
+    """Whether the path is fsspec's to read: `https://...`, `s3://...`, `zip://a.txt::https://...`."""
+    return _URL.match(path) is not None
+
+
+def _resolved_data(data: DataSettings, protocol: ProtocolSettings) -> DataSettings:
+    """Paths absolute; `path` names several files as well; documents joined or apart, said."""
+    files = [absolute(file) for file in data.files]
+    by_protocol = "apart" if protocol.name == "document" else "joined"
+    path = ", ".join(files) if files else absolute(data.path)
+    return replace(data, path=path, files=files, documents=data.documents or by_protocol)
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -160,7 +195,7 @@ def _missing(s: PerplexitySettings) -> list[str]:
     return [
         f"{key} is not set; give {how}"
         for key, (value, how) in wanted.items()
-        if not value.strip() or value == MISSING
+        if (not value.strip() or value == MISSING) and not (key == "data.path" and s.data.files)
     ]
 
 
@@ -168,9 +203,13 @@ def _names(s: PerplexitySettings) -> list[str]:
     named = [
         ("protocol.name", s.protocol.name, PROTOCOLS),
         ("data.format", s.data.format, DATA_FORMATS),
+        ("data.documents", s.data.documents or "joined", DATA_DOCUMENTS),
+        ("data.errors", s.data.errors, DATA_ERRORS),
         ("engine.kv", s.engine.kv, KV_TYPES),
+        ("engine.load", s.engine.load, LOAD_MODES),
         ("cluster.kind", s.cluster.kind, CLUSTER_KINDS),
         ("tracking.kind", s.tracking.kind, TRACKING_KINDS),
+        ("on_bad_point", s.on_bad_point, ON_BAD_POINT),
     ]
     problems = [
         f"{key}={value} is not known{nearest(value, valid)}"
@@ -188,6 +227,7 @@ def _numbers(s: PerplexitySettings) -> list[str]:
     floors: list[tuple[str, int | None, int, str]] = [
         ("protocol.window", s.protocol.window, 3, "a window of n tokens scores those after its first half"),
         ("protocol.limit", s.protocol.limit, 1, "leave it out to score every window"),
+        ("protocol.stride", s.protocol.stride, 1, "leave it out for half the window"),
         ("engine.threads", s.engine.threads, 1, ""),
         ("engine.batch_tokens", s.engine.batch_tokens, 1, "tokens the engine takes at once"),
         ("cluster.workers", s.cluster.workers, 1, "leave it out to use the machine's cores"),
@@ -208,10 +248,31 @@ def _contradictions(s: PerplexitySettings) -> list[str]:
         problems.append(
             "tracking=server needs tracking.uri=http://HOST:PORT (or MLFLOW_TRACKING_URI in the environment)"
         )
-    if s.data.format == "jsonl" and not s.data.field:
-        problems.append("data.format=jsonl needs data.field, the name of the text's field")
-    if s.data.format == "jsonl" and s.data.path.startswith(PYTHON_SOURCE):
-        problems.append(f"data.path={s.data.path} is one text; use data.format=text")
+    return problems + _data_contradictions(s.data, s.protocol)
+
+
+def _data_contradictions(data: DataSettings, protocol: ProtocolSettings) -> list[str]:
+    problems = []
+    if data.format != "text" and not data.field:
+        problems.append(f"data.format={data.format} needs data.field, the name of the text's field")
+    if data.format != "text" and data.path.startswith(PYTHON_SOURCE):
+        problems.append(f"data.path={data.path} is one text; use data.format=text")
+    if data.files and data.path not in (MISSING, "", ", ".join(data.files)):
+        problems.append(f"data.path={data.path} and data.files={data.files} both name the text; give one")
+    if data.weight is not None and data.format == "text":
+        problems.append(
+            f"data.weight={data.weight} needs data.format=jsonl or parquet; a text has no columns"
+        )
+    if data.weight is not None and _resolved_data(data, protocol).documents == "joined":
+        problems.append(
+            f"data.weight={data.weight} needs data.documents=apart: "
+            "a window over documents that are joined has no one weight"
+        )
+    if protocol.name == "strided" and protocol.stride is not None and protocol.stride >= protocol.window:
+        problems.append(
+            f"protocol.stride={protocol.stride} is too large; expected less than protocol.window="
+            f"{protocol.window}, so that every scored token has context"
+        )
     return problems
 
 
@@ -223,6 +284,10 @@ def _warnings(s: PerplexitySettings) -> list[str]:
         )
     if s.tracking.uri and s.tracking.kind == "none":
         warnings.append(f"tracking.uri={s.tracking.uri} is ignored: tracking.kind=none")
+    if s.protocol.stride is not None and s.protocol.name != "strided":
+        warnings.append(
+            f"protocol.stride={s.protocol.stride} is ignored: protocol.name={s.protocol.name}, not strided"
+        )
     if s.cluster.kind == "inline" and (s.cluster.workers or 1) > 1:
         warnings.append(f"cluster.workers={s.cluster.workers} is ignored: cluster.kind=inline has one worker")
     return warnings

@@ -207,7 +207,9 @@ def read_windows(paths: Mapping[Shard, Path]) -> pa.Table:
     """
     try:
         tables = [pq.read_table(paths[shard], partitioning=None) for shard in sorted(paths)]
-        return pa.concat_tables([table.select(WINDOWS_SCHEMA.names) for table in tables])
+        # The empty table brings columns that were added since a file was written; they are null there.
+        whole = pa.concat_tables([WINDOWS_SCHEMA.empty_table(), *tables], promote_options="default")
+        return whole.select(WINDOWS_SCHEMA.names)
     except (OSError, pa.ArrowException, KeyError) as error:
         raise StorageFailure(
             f"a finished shard cannot be read back: {error}", "run the same command again"

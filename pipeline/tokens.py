@@ -1,16 +1,20 @@
 """A text's token stream: made once by the driver, cached, checked by its SHA-256, mapped by every worker.
 
-Two files per stream in `paths.cache/tokens`, both .npy:
+Three files per stream in `paths.cache/tokens`, all .npy:
 
-    <key>.tokens.npy   (n,)   int32   the ids of one call on the whole text, BOS first when the model adds one
+    <key>.tokens.npy   (n,)   int32   the ids of one call on the whole text, BOS first if the model adds one;
+                                      documents kept apart are tokenized by themselves, one after the other
     <key>.counts.npy   (3, n) int32   of each token: bytes of its piece; words that begin in it; its document
+    <key>.pieces.npy   (p,)   PIECE   what was tokenized in one call: the text, or each document kept apart,
+                                      one without tokens as well
 
-The key covers the text, its documents, the tokenizer's digest and the sources of the engine, so a corrected
-tokenizer never meets an old stream.
+The key covers the text, its documents and weights, the tokenizer's digest and the sources of the engine, so a
+corrected tokenizer never meets an old stream.
 
 A word begins at a character that is not white space and whose predecessor in the stream's text is white space
 or nothing. It is counted in the token that holds the first byte of that character. So the words of
-consecutive tokens add up, and over the whole stream they are `len(text.split())`.
+consecutive tokens add up, and over a whole piece they are `len(text.split())`. The bytes of a piece's tokens
+add up to those of its text: a space that a tokenizer puts in front of every text is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,23 +39,64 @@ from pipeline.provenance import canonical_json
 
 if TYPE_CHECKING:
     import engine
+    from pipeline.windows import Window
 
 Ids = npt.NDArray[np.int32]
 log = logging.getLogger(__name__)
-_WHITE_SPACE = np.array(
-    [point for point in range(0x3001) if chr(point).isspace()], np.uint32
-)  # there are none above
+_WHITE_SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # by code point; none is above
+
+
+PIECE = np.dtype([("first", "<i8"), ("n_special", "<i8"), ("n_blank_ends", "<i8"), ("weight", "<f8")])
+"""Place of its first token; tokens that are not of its text (a BOS); of its text's two ends, how many are
+white space; weight, NaN when all weigh the same."""
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """A cached stream: `tokens` (n,) int32 and `counts` (3, n) int32 are read-only maps of the two files."""
+    """A cached stream: `tokens` (n,), `counts` (3, n) int32 and `pieces` are read-only maps of its files."""
 
     tokens_path: Path
     counts_path: Path
     sha256: str
     tokens: Ids
     counts: Ids
+    pieces: npt.NDArray[np.void]
+
+    def counted(self, window: Window) -> dict[str, int | float | None]:
+        """What the stream knows of a window, as columns of its row.
+
+        `document` is of its first token; `weight` is None when all weigh the same.
+        """
+        n_bytes, n_words, _ = self.counts[:, window.scored].sum(axis=1, dtype=np.int64).tolist()
+        document = int(self.counts[2, window.first_token])
+        piece = self.pieces[document if self.is_apart else 0]
+        weight = float(piece["weight"])
+        return {
+            "document": document,
+            "weight": None if np.isnan(weight) else weight,
+            "n_bytes": n_bytes,
+            "n_words": n_words + (int(piece["n_blank_ends"]) if window.counts_blank_ends else 0),
+        }
+
+    @property
+    def borders(self) -> npt.NDArray[np.int64]:
+        """(p + 1,) places of the pieces' first tokens, and the stream's end."""
+        return np.append(self.pieces["first"], self.tokens.size)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether there are several documents, tokenized one by one."""
+        return bool(self.pieces.size > 1)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents, joined or apart."""
+        return int(self.pieces.size if self.is_apart else self.counts[2].max(initial=0) + 1)
+
+    @property
+    def n_short(self) -> int:
+        """Pieces whose text has fewer than two tokens."""
+        return int(np.count_nonzero(np.diff(self.borders) - self.pieces["n_special"] < 2))
 
 
 def tokens_sha256(tokens: Ids) -> str:
@@ -60,20 +105,23 @@ def tokens_sha256(tokens: Ids) -> str:
 
 
 def open_stream(tokens_path: Path, counts_path: Path) -> TokenStream:
-    """Map a stream's two files.
+    """Map a stream's files; the third lies beside them.
 
     Raises:
         OSError, ValueError: a file is missing, cut short or not the array it should be.
     """
     tokens, counts = np.load(tokens_path, mmap_mode="r"), np.load(counts_path, mmap_mode="r")
+    pieces = np.load(_pieces_path(tokens_path), mmap_mode="r")
     if (
         tokens.dtype != np.int32
         or tokens.ndim != 1
         or counts.dtype != np.int32
         or counts.shape != (3, tokens.size)
+        or pieces.dtype != PIECE
+        or pieces.size < 1
     ):
         raise ValueError(f"{tokens_path}: not a token stream")
-    return TokenStream(tokens_path, counts_path, tokens_sha256(tokens), tokens, counts)
+    return TokenStream(tokens_path, counts_path, tokens_sha256(tokens), tokens, counts, pieces)
 
 
 def token_stream(text: Text, tokenizer: engine.Tokenizer, cache: Path) -> TokenStream:
@@ -82,12 +130,15 @@ def token_stream(text: Text, tokenizer: engine.Tokenizer, cache: Path) -> TokenS
     Raises:
         StoreError: the cache folder cannot be written.
     """
-    parts = [
+    parts: list[Any] = [
         hashlib.sha256(text.text.encode()).hexdigest(),
         hashlib.sha256(repr(text.document_starts).encode()).hexdigest(),
         tokenizer.sha256,
         _tokenizer_code(tokenizer),
     ]
+    if text.documents:
+        parts += ["apart", list(text.weights)]
+        parts += [hashlib.sha256(document.encode()).hexdigest() for document in text.documents]
     key = hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
     tokens_path, counts_path = cache / "tokens" / f"{key}.tokens.npy", cache / "tokens" / f"{key}.counts.npy"
     try:
@@ -96,9 +147,10 @@ def token_stream(text: Text, tokenizer: engine.Tokenizer, cache: Path) -> TokenS
         pass
     except (OSError, ValueError) as error:
         log.warning("%s cannot be used (%s): tokenizing again", tokens_path, error)
-    tokens = np.ascontiguousarray(tokenizer.encode(text.text), np.int32)
+    tokens, counts, pieces = _tokenize(text, tokenizer)
     try:
-        _write(counts_path, count(tokens, tokenizer, text.document_starts))
+        _write(counts_path, counts)
+        _write(_pieces_path(tokens_path), pieces)
         _write(tokens_path, tokens)  # last: a stream is there when its tokens are
     except OSError as error:
         raise StoreError(
@@ -108,20 +160,54 @@ def token_stream(text: Text, tokenizer: engine.Tokenizer, cache: Path) -> TokenS
     return open_stream(tokens_path, counts_path)
 
 
-def count(tokens: Ids, tokenizer: engine.Tokenizer, document_starts: tuple[int, ...] = (0,)) -> Ids:
-    """(3, n) int32: bytes, words begun and document of each token, as the head of this file defines them."""
+def _tokenize(text: Text, tokenizer: engine.Tokenizer) -> tuple[Ids, Ids, npt.NDArray[np.void]]:
+    """Tokens, counts and pieces: one call a piece."""
+    texts = text.documents or (text.text,)
+    streams, counts = [], []
+    pieces = np.zeros(len(texts), PIECE)
+    pieces["n_special"] = int(tokenizer.add_bos)
+    pieces["weight"] = text.weights or np.nan
+    place = 0
+    for number, piece in enumerate(texts):
+        ids = np.ascontiguousarray(tokenizer.encode(piece), np.int32)
+        counted = count(ids, tokenizer, text.document_starts, piece.encode())
+        counted[2] += number
+        pieces["first"][number] = place
+        pieces["n_blank_ends"][number] = piece[:1].isspace() + piece[-1:].isspace()
+        place += ids.size
+        streams.append(ids)
+        counts.append(counted)
+    return np.concatenate(streams), np.concatenate(counts, axis=1), pieces
+
+
+def count(
+    tokens: Ids,
+    tokenizer: engine.Tokenizer,
+    document_starts: tuple[int, ...] = (0,),
+    raw: bytes | None = None,
+) -> Ids:
+    """(3, n) int32: bytes, words begun and document of each token, as the head of this file defines them.
+
+    `raw` is the text that was tokenized, which tells a space that the tokenizer put in front from one of the
+    text's own.
+    """
     n_bytes = np.asarray(tokenizer.byte_lengths, np.int32)[tokens]
     ends = np.cumsum(n_bytes, dtype=np.int64)
-    text = tokenizer.decode(tokens).decode("utf-8", "surrogateescape")  # a stray byte becomes one character
+    decoded = tokenizer.decode(tokens)
+    text = decoded.decode("utf-8", "surrogateescape")  # a stray byte becomes one character
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     stray = (points >= 0xDC80) & (points <= 0xDCFF)
     width = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     width[stray] = 1
-    blank = np.isin(points, _WHITE_SPACE)
+    blank = _WHITE_SPACE[np.minimum(points, _WHITE_SPACE.size - 1)]
     begins = ~blank & np.concatenate(([True], blank[:-1]))
     at_byte = (np.cumsum(width) - width)[begins]
     words = np.bincount(np.searchsorted(ends, at_byte, side="right"), minlength=tokens.size)
-    document = np.searchsorted(np.array(document_starts, np.int64), ends - n_bytes, side="right") - 1
+    put_in_front = int(raw is not None and decoded == b" " + raw)
+    begun = np.maximum(ends - n_bytes - put_in_front, 0)
+    document = np.searchsorted(np.array(document_starts, np.int64), begun, side="right") - 1
+    if put_in_front:
+        n_bytes[np.flatnonzero(n_bytes)[0]] -= 1
     return np.stack([n_bytes, words, document]).astype(np.int32)
 
 
@@ -134,7 +220,11 @@ def _tokenizer_code(tokenizer: engine.Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, array: Ids) -> None:
+def _pieces_path(tokens_path: Path) -> Path:
+    return tokens_path.with_name(tokens_path.name.replace(".tokens.npy", ".pieces.npy"))
+
+
+def _write(path: Path, array: npt.NDArray[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -2,9 +2,12 @@
 
 Parquet is the truth; MLflow is where runs are found and compared, so nothing here may cost a result: a server
 that does not answer costs a message. Importing MLflow takes seconds and a fresh SQLite schema several more,
-so a process of its own does it while the workers compute (`Tracker.prepare`), and waits for the run on its
-standard input. That process also keeps MLflow's memory, its prints and its time-outs out of the driver; it is
-the only one that writes.
+so a process of its own does it while the workers compute (`Tracker.prepare`), and waits for runs on its
+standard input, one message a line, one answer each. That process also keeps MLflow's memory, its prints and
+its time-outs out of the driver; it is the only one that writes.
+
+A sweep is a parent run that stays open while its points are logged as children (tag `mlflow.parentRunId`).
+Should the driver die, its process sees the end of its input and marks the parent KILLED.
 """
 
 from __future__ import annotations
@@ -13,23 +16,21 @@ import json
 import logging
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswer
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from pipeline.reachable import unreachable
 from pipeline.settings import TrackingSettings
 
-PROBE_TIMEOUT_S = 2.0
 LOG_TIMEOUT_S = 120.0
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 5000, 250  # MLflow's limits for a value and a key
 MAX_DIGEST = 32  # characters of a data set's digest; a whole SHA-256 is refused, so it is a tag as well
@@ -59,6 +60,7 @@ class Record:
     artifacts: Sequence[str] = ()
     data: DataInput | None = None
     status: str = "FINISHED"
+    parent: str | None = None
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
 
 
@@ -82,6 +84,8 @@ class Tracker(Protocol):
         *,
         complete: bool = True,
         started_s: float | None = None,
+        parent: str | None = None,
+        stays_open: bool = False,
     ) -> str | None:
         """Log one run; never raises.
 
@@ -94,10 +98,23 @@ class Tracker(Protocol):
             artifacts: small files.
             complete: False marks the run FAILED.
             started_s: when it began, seconds since the epoch.
+            parent: MLflow's id of the run that this one is a point of.
+            stays_open: it is a parent, RUNNING until `end_run`.
 
         Returns:
             MLflow's id of the run, None where it was not logged.
         """
+        ...
+
+    def end_run(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float | int | None],
+        artifacts: Sequence[Path] = (),
+        *,
+        complete: bool = True,
+    ) -> None:
+        """End a run that stayed open, with what became known since; never raises."""
         ...
 
     def close(self) -> None:
@@ -117,6 +134,9 @@ class NoTracker:
     def log_run(self, *_: Any, **__: Any) -> str | None:
         return None
 
+    def end_run(self, *_: Any, **__: Any) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -135,7 +155,7 @@ def open_tracker(settings: TrackingSettings, results: Path) -> Tracker:
             f"sqlite:///{results / 'mlflow.db'}", settings.experiment, results / "mlartifacts"
         )
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
-    if problem := _unreachable(uri):
+    if problem := unreachable(uri):
         warning = f"MLflow at {uri or 'no address'}: {problem}; this run is not logged. Later: {LATER}"
         log.warning("%s", warning)
         return NoTracker(warning)
@@ -158,9 +178,10 @@ class MlflowTracker:
         }
         self._folder = artifacts.parent if artifacts else None
         self._child: subprocess.Popen[str] | None = None
+        self._given_up = False  # what did not answer once is not asked again
 
     def prepare(self) -> None:
-        if self._child is not None:
+        if self._child is not None or self._given_up:
             return
         try:
             if self._folder is not None:
@@ -189,36 +210,81 @@ class MlflowTracker:
         *,
         complete: bool = True,
         started_s: float | None = None,
+        parent: str | None = None,
+        stays_open: bool = False,
     ) -> str | None:
         record = Record(
             name=name,
             run_key=str(tags["run_key"]),
             params={key: _cut(value, MAX_PARAM) for key, value in flattened(params).items()},
-            metrics={key: float(x) for key, x in metrics.items() if x is not None and math.isfinite(x)},
+            metrics=_finite(metrics),
             tags={key: _cut(value, MAX_TAG) for key, value in tags.items() if value is not None},
             artifacts=[str(path) for path in artifacts],
             data=data,
-            status="FINISHED" if complete else "FAILED",
+            status="RUNNING" if stays_open else "FINISHED" if complete else "FAILED",
+            parent=parent,
             started_ms=int((time.time() if started_s is None else started_s) * 1000),
         )
+        said = self._ask({"log": asdict(record)})
+        if parent is None and not stays_open:
+            self._dismiss()
+        return said.get("run_id")
+
+    def end_run(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float | int | None],
+        artifacts: Sequence[Path] = (),
+        *,
+        complete: bool = True,
+    ) -> None:
+        status = "FINISHED" if complete else "FAILED"
+        paths = [str(path) for path in artifacts]
+        self._ask({"end": run_id, "metrics": _finite(metrics), "artifacts": paths, "status": status})
+        self._dismiss()
+
+    def _ask(self, message: Mapping[str, Any]) -> dict[str, str]:
+        """Send the child a message and wait for its answer; {} where there is none, which costs a warning."""
         self.prepare()
+        child = self._child
+        if child is None:
+            return {}
+        try:
+            _send(child.stdin, message)
+            assert child.stdout is not None, "the child was started with pipes"
+            answered, _, _ = select.select([child.stdout], [], [], LOG_TIMEOUT_S)
+            answer = child.stdout.readline() if answered else None
+        except (OSError, ValueError) as error:  # ValueError: closed meanwhile, after an interrupt
+            self._give_up(str(error))
+            return {}
+        if answer is None:
+            self._give_up(f"no answer within {LOG_TIMEOUT_S:.0f} s")
+            return {}
+        said: dict[str, str] = json.loads(answer) if answer.strip() else {"fatal": "its process ended early"}
+        if "fatal" in said:
+            self._give_up(said["fatal"])
+        elif "error" in said:
+            self._warn(said["error"])
+        return said
+
+    def _give_up(self, problem: str) -> None:
+        self._given_up = True
+        self._warn(problem)
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.communicate()
+
+    def _dismiss(self) -> None:
+        """Let the child end, and wait for it: it has nothing left to do."""
         child, self._child = self._child, None
         if child is None:
-            return None
+            return
         try:
-            answer, _ = child.communicate(json.dumps(asdict(record)) + "\n", timeout=LOG_TIMEOUT_S)
+            child.communicate(timeout=LOG_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.communicate()
-            self._warn(f"no answer within {LOG_TIMEOUT_S:.0f} s")
-            return None
-        except OSError as error:
-            self._warn(str(error))
-            return None
-        said: dict[str, str] = json.loads(answer) if answer.strip() else {"error": "its process ended early"}
-        if "error" in said:
-            self._warn(said["error"])
-        return said.get("run_id")
 
     def close(self) -> None:
         child, self._child = self._child, None
@@ -243,32 +309,13 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def _finite(metrics: Mapping[str, float | int | None]) -> dict[str, float]:
+    return {key: float(x) for key, x in metrics.items() if x is not None and math.isfinite(x)}
+
+
 def _cut(value: Any, length: int) -> str:
     text = str(value)
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _unreachable(uri: str) -> str | None:
-    """Why a server cannot be reached, or None; bounded even where the name look-up hangs."""
-    if not uri.startswith(("http://", "https://")):
-        return None if uri else "tracking.uri is not set"
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_TIMEOUT_S).close()
-        except urllib.error.HTTPError as error:
-            error.close()  # it wants a login, say: something answers, MLflow will see
-
-    pool = ThreadPoolExecutor(1)
-    try:
-        pool.submit(ask).result(timeout=2 * PROBE_TIMEOUT_S)
-    except NoAnswer:
-        return "no answer"
-    except (OSError, ValueError) as error:
-        return f"not reachable ({getattr(error, 'reason', None) or error})"
-    finally:
-        pool.shutdown(wait=False)
-    return None
 
 
 def _send(stream: IO[str] | None, message: Mapping[str, Any]) -> None:
@@ -279,20 +326,20 @@ def _send(stream: IO[str] | None, message: Mapping[str, Any]) -> None:
 
 def _log(client: Any, experiment: str, record: dict[str, Any]) -> str:
     """One MLflow run in as few requests as it takes; returns its id."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
     orphans = f"attributes.status = 'RUNNING' AND tags.run_key = '{record['run_key']}'"
     for orphan in client.search_runs([experiment], orphans):
         client.set_terminated(orphan.info.run_id, "KILLED")
     run = client.create_run(experiment, start_time=record["started_ms"], run_name=record["name"])
     run_id = str(run.info.run_id)
-    now = time.time_ns() // 1_000_000
     data = record["data"]
     tags = record["tags"] | ({"data.sha256": data["sha256"]} if data else {})
+    tags |= {"mlflow.parentRunId": record["parent"]} if record["parent"] else {}
     try:
         client.log_batch(
             run_id,
-            metrics=[Metric(key, value, now, 0) for key, value in record["metrics"].items()],
+            metrics=_metrics(record["metrics"]),
             params=[Param(key[:MAX_KEY], value) for key, value in record["params"].items()],
             tags=[RunTag(key[:MAX_KEY], value) for key, value in tags.items()],
         )
@@ -305,8 +352,24 @@ def _log(client: Any, experiment: str, record: dict[str, Any]) -> str:
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
-    client.set_terminated(run_id, record["status"])
+    if record["status"] != "RUNNING":
+        client.set_terminated(run_id, record["status"])
     return run_id
+
+
+def _end(client: Any, message: dict[str, Any]) -> None:
+    """End a run that stayed open."""
+    client.log_batch(message["end"], metrics=_metrics(message["metrics"]))
+    for artifact in message["artifacts"]:
+        client.log_artifact(message["end"], artifact)
+    client.set_terminated(message["end"], message["status"])
+
+
+def _metrics(values: Mapping[str, float]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    now = time.time_ns() // 1_000_000
+    return [Metric(key, value, now, 0) for key, value in values.items()]
 
 
 def _experiment(client: Any, name: str, artifacts: str | None) -> str:
@@ -318,7 +381,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
 
 
 def _child() -> None:
-    """The child process: reads its target, then a record, a line each; writes one answer."""
+    """The child process: reads its target, then messages, a line each; writes an answer to each."""
     from pipeline.runtime import setup_logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which closes the pipe
@@ -338,16 +401,34 @@ def _child() -> None:
 
         client = MlflowClient(tracking_uri=target["uri"], registry_uri=target["uri"])
         experiment = _experiment(client, target["experiment"], target["artifacts"])
-        line = sys.stdin.readline()
-        if not line:
-            return
-        said = {"run_id": _log(client, experiment, json.loads(line))}
     except Exception as error:
-        log.debug("MLflow", exc_info=True)
-        said = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-    json.dump(said, answer)
-    answer.flush()
+        if sys.stdin.readline():
+            _send(answer, {"fatal": _told(error)})
+        os._exit(0)
+    still_open: list[str] = []
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            if "end" in message:
+                still_open.remove(message["end"])
+                _end(client, message)
+                said = {"run_id": message["end"]}
+            else:
+                said = {"run_id": _log(client, experiment, message["log"])}
+                if message["log"]["status"] == "RUNNING":
+                    still_open.append(said["run_id"])
+        except Exception as error:
+            said = {"error": _told(error)}
+        with suppress(OSError):  # a driver that is gone: its runs are ended below
+            _send(answer, said)
+    for run_id in still_open:
+        client.set_terminated(run_id, "KILLED")
     os._exit(0)  # everything is written; MLflow's exit handlers would take half a second of the driver's time
+
+
+def _told(error: Exception) -> str:
+    log.debug("MLflow", exc_info=True)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 if __name__ == "__main__":

@@ -2,21 +2,28 @@
 
 A protocol says how many windows a token stream makes and, for each, what the model reads and which of its
 next tokens are scored. It is a pure function of the stream and its settings, so any worker can make any
-window. The definition of the number itself is the protocol's own file, `pipeline/protocols/<name>.py`.
+window. The definition of the number itself is the protocol's own file, `pipeline/protocols/<name>.py`; it
+defines the windows of one piece, and `Apart` lines up those of documents that are kept apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import SettingsError
-from pipeline.settings import ProtocolSettings
+from pipeline.settings import PROTOCOLS, ProtocolSettings
+
+if TYPE_CHECKING:
+    import engine
+    from pipeline.tokens import TokenStream
 
 Ids = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Window:
         tokens: (T,) int32.
         targets: (T,) int32; at each position the token to predict next, -1 where nothing is scored.
         scored: places in the stream of the scored targets, in rising order.
+        counts_blank_ends: beside the words that begin in the scored tokens, white space at an end of the
+            document counts as one (protocols/document.py).
     """
 
     index: int
@@ -36,14 +45,11 @@ class Window:
     tokens: Ids
     targets: Ids
     scored: slice
+    counts_blank_ends: bool = False
 
 
 class ScoringProtocol(Protocol):
     """A way of scoring a token stream."""
-
-    name: ClassVar[str]
-    version: ClassVar[int]
-    """Raised when the same settings give other windows; part of the measure."""
 
     def n_windows(self, n_tokens: int) -> int:
         """Windows that a stream of so many tokens makes, `limit` applied.
@@ -61,11 +67,95 @@ class ScoringProtocol(Protocol):
         """Name, version and all settings, as they enter the measure's key."""
         ...
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is left out of the score that a person should know."""
+        ...
 
-def open_protocol(settings: ProtocolSettings, bos_id: int | None) -> ScoringProtocol:
-    """The protocol of that name; `bos_id` begins a sequence, None when the model adds no BOS."""
+
+class PieceProtocol(ScoringProtocol, Protocol):
+    """One that can tell how many windows each of many pieces makes."""
+
+    version: ClassVar[int]
+    """Raised when the same settings give other windows; part of the measure."""
+
+    @property
+    def limit(self) -> int | None:
+        """The first n windows only."""
+        ...
+
+    def counts(self, n_tokens: Counts) -> Counts:
+        """(p,) windows of pieces of so many tokens, 0 for one too short; no limit."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Name, version and settings but the limit, as they enter the measure's key."""
+        ...
+
+
+def open_protocol(settings: ProtocolSettings, bos_id: int | None, stream: TokenStream) -> ScoringProtocol:
+    """The protocol of that name over a stream, by documents where the stream keeps them apart.
+
+    `bos_id` is what `begin_id` says.
+
+    Raises:
+        SettingsError: no such protocol.
+    """
+    from pipeline.protocols.apart import Apart
+    from pipeline.protocols.document import Rolling
+    from pipeline.protocols.strided import Strided
     from pipeline.protocols.windows import Windows
 
-    if settings.name != Windows.name:
-        raise SettingsError(f"protocol.name={settings.name} is not known (known: {Windows.name})")
-    return Windows(settings.window, settings.limit, bos_id)
+    window, limit = settings.window, settings.limit
+    protocol: PieceProtocol
+    if settings.name == Windows.name:
+        protocol = Windows(window, limit, bos_id)
+    elif settings.name == Strided.name:
+        protocol = Strided(window, settings.stride or window // 2, limit, bos_id)
+    elif settings.name == Rolling.name and bos_id is not None:
+        protocol = Rolling(window, limit, bos_id, int(stream.pieces["n_special"][0]))
+    else:
+        raise SettingsError(f"protocol.name={settings.name} is not known (known: {', '.join(PROTOCOLS)})")
+    return Apart(protocol, stream) if stream.is_apart else protocol
+
+
+def begin_id(settings: ProtocolSettings, tokenizer: engine.Tokenizer) -> int | None:
+    """The token that begins a sequence: the BOS of a model that adds one, None where nothing does.
+
+    For protocol `document` the BOS whether the model adds it or not, or the EOS, as lm-evaluation-harness.
+
+    Raises:
+        SettingsError: protocol `document`, and the model has neither.
+    """
+    if settings.name != "document":
+        return tokenizer.bos_id if tokenizer.add_bos else None
+    found = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if found is None:
+        raise SettingsError(
+            "protocol=document begins each document with the model's BOS or EOS token, and it has neither",
+            "use protocol=strided, which leaves the first token of a text unscored then",
+        )
+    return found
+
+
+def slots(settings: ProtocolSettings, batch_tokens: int, windows_per_shard: int) -> int:
+    """Windows that one engine call may take at most; a cache of so many slots is reserved.
+
+    Windows of protocol `windows` are all of one length. Others may be shorter, so more of them fill a batch:
+    four times as many slots are reserved, and touched only if they are needed.
+    """
+    ragged = 1 if settings.name == "windows" else 4
+    return max(1, min(ragged * batch_tokens // settings.window, windows_per_shard))
+
+
+def batches(windows: Sequence[Window], batch_tokens: int, n_slots: int) -> Iterator[Sequence[Window]]:
+    """Consecutive windows for one engine call each: whole ones that fit, or one that is longer by itself."""
+    begin, n_tokens = 0, 0
+    for at, window in enumerate(windows):
+        full = n_tokens + window.tokens.size > batch_tokens or at - begin == n_slots
+        if full and at > begin:
+            yield windows[begin:at]
+            begin, n_tokens = at, 0
+        n_tokens += window.tokens.size
+    if begin < len(windows):
+        yield windows[begin:]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    import engine
     from pipeline.windows import Window
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class WorkerSpec:
 
     Attributes:
         tokens_path, counts_path: the token stream's two files (pipeline/tokens.py).
-        bos_id: the token that begins each window, None when the model adds none.
+        bos_id: the token that begins a sequence, as `windows.begin_id` says; None where nothing does.
         run_dir: folder of the run's shards.
         cache_dir: `paths.cache`, for the model's digest and the lock of the first compilation.
         columns: identity columns, the same in every row.
@@ -62,8 +63,9 @@ class WorkerSpec:
 class ShardResult:
     """What a worker tells of a shard it finished; the rows are in `path`.
 
-    `nll_sum_nats` is for the progress bar only. `committed` is False when another process had published the
-    shard.
+    `nll_sum_nats` is for the progress bar only. `load_s` and `compile_s` are what opening the worker's
+    model cost, `model_open_s` is `engine.open` within `load_s`. `committed` is False when another process
+    had published the shard.
     """
 
     shard: Shard
@@ -72,60 +74,102 @@ class ShardResult:
     n_tokens: int
     nll_sum_nats: float
     wall_s: float
+    load_s: float
+    compile_s: float
     worker: str
     path: str
     committed: bool
+    model_open_s: float = 0.0
 
 
 class EvalWorker:
-    """Scores shards of one run with one model.
+    """Scores shards of one run after another, with one model open at a time.
 
-    Raises (on construction):
+    Raises (on construction, and by `turn_to`):
         ScoreError: this host has another model file or another token stream under the driver's paths.
         EngineError, OSError: the model cannot be opened here.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        started = time.perf_counter()
-        import engine
-        from pipeline.provenance import cpu_model, file_sha256
-        from pipeline.tokens import open_stream
-        from pipeline.windows import open_protocol
+        from pipeline.provenance import cpu_model
 
-        self.spec = spec
         self.host = socket.gethostname()
         self.name = f"{self.host}:{os.getpid()}"
         self.cpu = cpu_model()
+        self.file: engine.GGUFFile | None = None
+        self.spec = spec
+        self.turn_to(spec)
+
+    def turn_to(self, spec: WorkerSpec) -> None:
+        """Score shards of another run from now on; the model stays open when it is the same one.
+
+        Should that fail there is no model open, and the worker can be turned to another run.
+        """
+        if self.file is not None and _of_model(spec) == _of_model(self.spec):
+            del self.cache  # before the next one is made: a worker's memory is that of one run
+        else:
+            if self.file is not None:
+                self.close()
+            self._open(spec)
+        try:
+            self._read(spec)
+        except BaseException:
+            self.close()
+            raise
+        self.spec = spec
+
+    def _open(self, spec: WorkerSpec) -> None:
+        """Map the model and make ready what computes with it."""
+        started = time.perf_counter()
+        import engine
+        from pipeline.provenance import model_sha256
+
         cache = Path(spec.cache_dir)
         _same(
             spec.model_path,
             "SHA-256",
-            file_sha256(Path(spec.model_path), cache),
+            model_sha256(Path(spec.model_path), cache),
             spec.model_sha256,
             self.host,
         )
+        opening = time.perf_counter()
+        file = engine.open(spec.model_path, load=spec.engine.load)
+        self.model_open_s = time.perf_counter() - opening
+        try:
+            queued = time.perf_counter()
+            with _first_compiles(cache / "locks"):
+                waited_s = time.perf_counter() - queued
+                self.compile_s = float(engine.warm_up(file))
+            self.model = engine.load_model(
+                file, threads=spec.engine.threads, batch_tokens=spec.engine.batch_tokens
+            )
+        except BaseException:
+            file.close()
+            raise
+        self.file = file
+        self.open_s = max(0.0, time.perf_counter() - started - waited_s - self.compile_s)
+
+    def _read(self, spec: WorkerSpec) -> None:
+        """Map the run's token stream and make the cache that its windows need."""
+        started = time.perf_counter()
+        from pipeline.tokens import open_stream
+        from pipeline.windows import open_protocol, slots
+
         self.stream = open_stream(Path(spec.tokens_path), Path(spec.counts_path))
         _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
-        self.protocol = open_protocol(spec.protocol, spec.bos_id)
-        self.file = engine.open(spec.model_path)
-        queued = time.perf_counter()
-        with _first_compiles(cache / "locks"):
-            waited_s = time.perf_counter() - queued
-            self.compile_s = float(engine.warm_up(self.file))
-        self.model = engine.load_model(
-            self.file, threads=spec.engine.threads, batch_tokens=spec.engine.batch_tokens
-        )
-        window = spec.protocol.window
-        self.windows_per_call = max(1, min(spec.engine.batch_tokens // window, spec.windows_per_shard))
-        self.cache = self.model.new_cache(self.windows_per_call, window)
-        self.load_s = max(0.0, time.perf_counter() - started - waited_s - self.compile_s)
+        self.protocol = open_protocol(spec.protocol, spec.bos_id, self.stream)
+        self.n_slots = slots(spec.protocol, spec.engine.batch_tokens, spec.windows_per_shard)
+        self.cache = self.model.new_cache(self.n_slots, spec.protocol.window)
+        self.load_s = self.open_s + time.perf_counter() - started
 
     def ready(self) -> dict[str, Any]:
         """Who this is and what starting cost; `load_s` has neither compiling nor waiting for it."""
         return {
             "host": self.host,
             "pid": os.getpid(),
+            "model_path": self.spec.model_path,
             "load_s": self.load_s,
+            "model_open_s": self.model_open_s,
             "compile_s": self.compile_s,
             "threads": self.spec.engine.threads,
             "cpu": self.cpu,
@@ -140,12 +184,13 @@ class EvalWorker:
         """
         from pipeline import store
         from pipeline.tables import WINDOWS_SCHEMA, table
+        from pipeline.windows import batches
 
         started = time.perf_counter()
         indices = range(shard.first_window, shard.first_window + shard.n_windows)
         windows = [self.protocol.window(self.stream.tokens, index) for index in indices]
-        step = self.windows_per_call
-        scores = [nll for at in range(0, len(windows), step) for nll in self._score(windows[at : at + step])]
+        calls = batches(windows, self.spec.engine.batch_tokens, self.n_slots)
+        scores = [nll for call in calls for nll in self._score(call)]
         rows = [self._row(window, nll, shard) for window, nll in zip(windows, scores, strict=True)]
         path = Path(self.spec.run_dir) / shard.file_name
         committed = store.commit(
@@ -158,21 +203,28 @@ class EvalWorker:
             n_tokens=sum(row["n_tokens"] for row in rows),
             nll_sum_nats=sum(row["nll_sum_nats"] for row in rows),
             wall_s=time.perf_counter() - started,
+            load_s=self.load_s,
+            compile_s=self.compile_s,
             worker=self.name,
             path=str(path),
             committed=committed,
+            model_open_s=self.model_open_s,
         )
 
     def memory(self) -> dict[str, Any]:
         """This process's memory, as `pipeline.memory` reads it from the kernel."""
         from pipeline.memory import process_memory
 
-        return process_memory(self.spec.model_path)
+        paths = [self.spec.model_path] if self.file is None else self.file.paths
+        return {**process_memory(*paths), "model_path": self.spec.model_path}
 
     def close(self) -> None:
-        """Give the mapping back; the worker cannot score any more."""
-        del self.model, self.cache
-        self.file.close()
+        """Give the mapping back; the worker cannot score before it is turned to a run again."""
+        file, self.file = self.file, None
+        if file is not None:
+            for held in ("model", "cache"):
+                self.__dict__.pop(held, None)
+            file.close()
 
     def _score(self, windows: Sequence[Window]) -> list[npt.NDArray[np.float64]]:
         """(n_scored,) float64 per window; windows of one call sit in slots 0, 1, ... of the cache."""
@@ -220,16 +272,13 @@ class EvalWorker:
                 "the model's weights overflow or hold NaN; check the file's SHA-256 and how it was made",
             )
         total, squares = window_sums(nll)
-        n_bytes, n_words, _ = self.stream.counts[:, window.scored].sum(axis=1, dtype=np.int64).tolist()
         return {
             **self.spec.columns,
             "window": window.index,
-            "document": int(self.stream.counts[2, window.first_token]),
+            **self.stream.counted(window),
             "n_scored": int(nll.size),
             "nll_sum_nats": total,
             "nll_sq_sum": squares,
-            "n_bytes": n_bytes,
-            "n_words": n_words,
             "n_tokens": int(window.tokens.size),
             "first_token": window.first_token,
             "shard": shard.id,
@@ -239,6 +288,11 @@ class EvalWorker:
             "threads": self.spec.engine.threads,
             "batch_tokens": self.spec.engine.batch_tokens,
         }
+
+
+def _of_model(spec: WorkerSpec) -> tuple[str, str, EngineSettings]:
+    """What decides whether a model that is open can be used for another run."""
+    return spec.model_path, spec.model_sha256, spec.engine
 
 
 def _same(path: str, what: str, found: str, expected: str, host: str) -> None:

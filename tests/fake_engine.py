@@ -18,10 +18,10 @@ BOS = 256
 class FakeFile:
     """Maps the file, so that memory can be measured, and knows one metadata key of a model."""
 
-    def __init__(self, path):
+    def __init__(self, path, *, load="mmap"):
         import engine
 
-        self.path = str(path)
+        self.path, self.paths, self.load = str(path), (str(path),), load
         self.tensors = {}
         raw = Path(path).read_bytes()
         if raw[:4] != b"GGUF":

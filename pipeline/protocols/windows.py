@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.windows import Ids, Window
+from pipeline.windows import Counts, Ids, Window
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,12 @@ class Windows:
                 f"the text has {n_tokens:,} tokens, expected at least {2 * self.size:,}, two windows",
                 f"use a longer text{shorter}",
             )
-        whole = n_tokens // self.size
+        whole = int(self.counts(np.array([n_tokens]))[0])
         return whole if self.limit is None else min(whole, self.limit)
+
+    def counts(self, n_tokens: Counts) -> Counts:
+        """(p,) whole windows of pieces of so many tokens; no limit."""
+        return n_tokens // self.size
 
     def window(self, tokens: Ids, index: int) -> Window:
         """The window of that rank: (size,) tokens and targets."""
@@ -66,10 +70,18 @@ class Windows:
     def measure(self, n_tokens: int) -> dict[str, Any]:
         """Settings of the measure; a limit that cuts nothing off is none."""
         limit = self.n_windows(n_tokens)
+        return self.settings() | {"protocol_limit": None if limit == n_tokens // self.size else limit}
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of the measure but the limit."""
         return {
             "protocol": self.name,
             "protocol_version": self.version,
             "protocol_window": self.size,
-            "protocol_limit": None if limit == n_tokens // self.size else limit,
             "protocol_bos_id": self.bos_id,
         }
+
+    @property
+    def remarks(self) -> list[str]:
+        """None: the tail of less than a window is dropped as llama.cpp drops it."""
+        return []

@@ -156,7 +156,7 @@ def test_real_file_opens_in_under_20_ms(smollm2: Path) -> None:
     import numba  # noqa: F401  (loads the kernel's path, as in a worker)
 
     def seconds() -> float:
-        begun = time.process_time()  # nothing is waited for: on a crowded machine the wall tells of neighbours
+        begun = time.process_time()  # nothing is waited for; the wall would tell of neighbours
         file = engine.open(smollm2)
         took = time.process_time() - begun
         file.close()

@@ -1,9 +1,11 @@
-"""Makes tokenizer_tiny.json and tokenizer_smollm2.json: ids from llama.cpp, for tests that run without it.
+"""Makes tokenizer_*.json: digests of llama.cpp's ids, for tests that run without it.
 
     pip install cyllama==0.2.18        (a wheel with llama.cpp b9190 in it)
-    PYTHONPATH=.:tests python tests/golden/make_tokenizer.py SmolLM2-135M-Instruct.Q4_1.gguf [wiki.test.raw]
+    PYTHONPATH=.:tests python tests/golden/make_tokenizer.py wiki.test.raw \\
+        smollm2=SmolLM2-135M-Instruct.Q4_1.gguf gemma=gemma-3-270m-q4_k_m.gguf
 
-It takes four minutes. tests/engine/test_tokenizer.py uses the strings, the vocabulary and `Oracle` too.
+It takes five minutes, four of them for the classes of all characters. tests/engine/test_tokenizer.py and
+test_tokenizer_scores.py use the strings, the vocabularies and `Oracle` too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from make_gguf import Typed, tiny_llama
 import engine
 
 HERE = Path(__file__).parent
-PRES = ("smollm", "gpt-2", "default")
+PRES = tuple(
+    "smollm gpt-2 default llama-bpe qwen2 olmo deepseek-llm deepseek-coder falcon starcoder refact command-r "
+    "tekken".split()
+)
 
 NASTY = [
     "",
@@ -102,6 +107,15 @@ NASTY = [
     "\n" * 100 + "\t" * 100,
     "ab" * 200,
     "!?" * 100 + "1" * 100,
+    "helloWorld HTTPServer XMLHttpRequest iPhone \u00c9tat \u00e9TAT aB1Cd \u01c5aB",
+    "end!\n\n/path //\n/x ;\r\n\r\ny ?\n \nz",
+    "it'S he'Ll we'rE I'vE 'D 'x",
+    "\u0627\u0628 \u062c\u062f \u05d0\u05d1 \u0561\u0562 + + = = \u2211 \u222b  \u0627",
+    "\u4e2d\u6587 12\u4e2d34 \uac00\ub098 \ud7ff \u3042\u3000\u3001 \u0e01 \u0800",
+    "x = 3;\t\t// \u4e2d\n\n\nfoo_bar(1234567)   \n",
+    "\u2581 raw\u2581\u2581 \u2581x \u2581",
+    "<0x41> <0x0A><0x> </s><s> [INST]  x [/INST]\n\n",
+    "abab ababab aaaa aaaaaaa  bbb qqq Zebra",
 ]
 
 
@@ -176,6 +190,7 @@ def tiny_vocabulary() -> dict[str, Any]:
             known.add(pool[a] + pool[b])
             merges.insert(int(rng.integers(0, len(merges))), (pool[a], pool[b]))
             tokens.append(pool[a] + pool[b])
+    tokens += ["\u0120two", "helloWorld"]  # no merge makes them: see `ignore_merges`
     types = [special.get(text, 1) for text in tokens]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -186,6 +201,45 @@ def tiny_vocabulary() -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": True,
+    }
+
+
+def tiny_scores() -> dict[str, Any]:
+    """Metadata of a SentencePiece-type vocabulary: few scores, so many are equal, and every kind of token.
+
+    Some ASCII is missing, so bytes stand for it; some tokens have a space inside or at their end; control and
+    unused tokens can come out of merges.
+    """
+    rng = np.random.default_rng(3)
+    special = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
+    special |= {"<tool>": 4, "\n\n": 4, "   ": 4, "[INST]": 3, "<|im_end|>": 4, "": 1, "\u2581\u2581x": 5}
+    letters = (
+        "".join(chr(c) for c in range(33, 127) if chr(c) not in "qQZ7^")
+        + "\u2581\u00e9\u00e0\u4e2d\u6587\u0430\u0431"
+    )
+    runs = ["\u2581" * n for n in (2, 3, 4, 7, 8)] + ["a" * n for n in (2, 3, 5)] + ["ab", "ba", "aba", "bab"]
+    inside = ["e\u2581t", "s\u2581", ".\u2581", "\u2581a\u2581", "</", "s>", "<0", "x4", "<0x4", "1>"]
+    tokens = dict.fromkeys([*special, *letters, *runs, *inside])
+    common = "aeionrstlhdcum\u2581\u2581\u2581.,'1234<>/\u00e9\u4e2d\u0430"
+    pool = list(common)
+    for left, right in zip(rng.random(2500), rng.random(2500), strict=True):
+        text = pool[int(left * len(pool))] + pool[int(right * len(pool))]
+        if text not in tokens and len(text) <= 8:
+            tokens[text] = None
+            pool.append(text)
+    scores = rng.choice(np.array([-1.5, -2, -2, -3, -7, -7.25, -100], np.float32), len(tokens))
+    scores[rng.permutation(len(tokens))[: len(tokens) // 3]] = 0.0
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": list(tokens),
+        "tokenizer.ggml.token_type": np.array([special.get(text, 1) for text in tokens], np.int32),
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.add_space_prefix": None,
+        "tokenizer.ggml.bos_token_id": None,
+        "tokenizer.ggml.eos_token_id": None,
+        "tokenizer.ggml.add_bos_token": None,
+        "tokenizer.ggml.add_eos_token": None,
     }
 
 
@@ -267,24 +321,39 @@ def classes(gpt_2: Oracle, default: Oracle) -> dict[str, list[int]]:
     return {"letter": letters, "number": numbers, "punctuation": punctuation, "space": spaces}
 
 
-def main(model: str, wikitext: str | None = None) -> None:
-    """Writes both files."""
-    said = {"made_by": "python tests/golden/make_tokenizer.py", "oracle": "llama.cpp b9190 (cyllama 0.2.18)"}
-    text = random_text(20_000, seed=1)
-    for name, vocabulary in (("tiny", tiny_vocabulary()), ("smollm2", vocabulary_of(model))):
-        golden: dict[str, Any] = dict(said)
+def golden_of(oracle: Oracle) -> dict[str, Any]:
+    """What a golden file says of one tokenizer."""
+    nasty = [hashlib.sha256(answers(oracle.encode, text).encode()).hexdigest()[:16] for text in NASTY]
+    return {"nasty": nasty, "random": digest(oracle.encode(random_text(20_000, seed=1), add_special=False))}
+
+
+def main(wikitext: str, *models: str) -> None:
+    """Writes all files."""
+    text = Path(wikitext).read_bytes().decode().removesuffix("\n")
+    vocabularies = {"tiny": tiny_vocabulary(), "scores": tiny_scores()}
+    for model in models:
+        name, path = model.split("=")
+        vocabularies[name] = vocabulary_of(path)
+    for name, vocabulary in vocabularies.items():
+        golden: dict[str, Any] = {
+            "made_by": "python tests/golden/make_tokenizer.py",
+            "oracle": "llama.cpp b9190 (cyllama 0.2.18)",
+        }
+        by_score = vocabulary["tokenizer.ggml.model"] == "llama"
         with TemporaryDirectory() as folder:
-            oracles = {pre: Oracle(write_model(Path(folder) / pre, vocabulary, pre)) for pre in PRES}
-            for pre, oracle in oracles.items():
-                golden[pre] = {
-                    "nasty": [answers(oracle.encode, nasty) for nasty in NASTY],
-                    "random": digest(oracle.encode(text, add_special=False)),
-                }
+            for pre in ("default",) if by_score else PRES:
+                golden[pre] = golden_of(Oracle(write_model(Path(folder) / pre, vocabulary, pre)))
+            if by_score:
+                prefix = vocabulary["tokenizer.ggml.add_space_prefix"] is not False
+                other = vocabulary | {"tokenizer.ggml.add_space_prefix": not prefix}
+                path = write_model(Path(folder) / "other", other, "default")
+                golden["no prefix" if prefix else "prefix"] = golden_of(Oracle(path))
             if name == "tiny":
-                found = classes(oracles["gpt-2"], oracles["default"])
+                gpt_2, default = (Oracle(Path(folder) / pre) for pre in ("gpt-2", "default"))
+                found = classes(gpt_2, default)
                 golden["classes"] = {kind: [len(points), digest(points)] for kind, points in found.items()}
-            elif wikitext:
-                ids = oracles["smollm"].encode(Path(wikitext).read_bytes().decode().removesuffix("\n"))
+            if name in ("smollm2", "gemma"):
+                ids = Oracle(Path(folder) / str(vocabulary["tokenizer.ggml.pre"])).encode(text)
                 golden["wikitext2"] = [len(ids), digest(ids)]
         path = HERE / f"tokenizer_{name}.json"
         path.write_text(json.dumps(golden, indent=1) + "\n")

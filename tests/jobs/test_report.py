@@ -62,3 +62,27 @@ def test_what_is_unknown_is_left_out() -> None:
 def test_a_results_folder_elsewhere_is_named_to_make() -> None:
     assert "make mlflow, then" in shown(SUMMARY, 80, Path("results"))
     assert "make mlflow RESULTS='/a b', then" in shown(SUMMARY, 80, Path("/a b"))
+
+
+def point(window: int, **rest: object) -> dict:
+    return {"point": {"model.path": "/a/m.gguf", "protocol.window": window}, "ok": True, **rest}
+
+
+def test_a_sweep_is_a_table_of_its_points_in_their_order() -> None:
+    points = [point(512, ppl=2.5, n_windows=1000, wall_s=1.0), point(64, ppl=None)]
+    points.append({"point": {"model.path": "/a/m.gguf", "protocol.window": 9}, "ok": False, "error": {}})
+    lines = shown({"points": points, "n_points": 3, "n_runs": 3, "n_points_done": 2}, 80).splitlines()
+    assert lines[0].split()[:2] == ["window", "perplexity"], "what is the same in all points has no column"
+    assert lines[1].split() == ["512", "2.5000", "-", "1,000", "-", "1.0"]
+    assert lines[2].split() == ["64", "-", "-", "-", "-", "-"]
+    assert lines[3].split() == ["9", "failed"]
+    assert lines[4].split() == ["points", "2", "of", "3", "done"]
+
+
+def test_a_sweeps_plan_says_where_its_estimate_comes_from() -> None:
+    plan = {"n_windows": 8, "n_tokens": 4096, "shards_todo": 2, "model_bytes": 98e6, "worker_bytes": 2e8}
+    summary = {"dry_run": True, "points": [point(512, estimated_s=20.5, **plan)], "n_workers": 2}
+    summary |= {"estimated_s": 20.5, "estimated_from": ["3 earlier runs"], "memory_bytes": 498e6}
+    text = shown(summary, 100)
+    for figure in ("4,096", "98.0", "200.0", "20.5", "3 earlier runs", "498.0 MB", "start of 2 workers"):
+        assert figure in text

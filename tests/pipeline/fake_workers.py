@@ -44,6 +44,13 @@ class FakeWorker:
             "load_s": 0.0,
         }
 
+    def turn_to(self, spec: dict[str, Any]) -> None:
+        """Leaves a mark `turned.<file>.<pid>.<time>`, so that tests can count how often a file was opened."""
+        self.spec = spec
+        Path(spec["folder"], f"turned.{spec.get('file')}.{os.getpid()}.{time.time_ns()}").touch()
+        if spec.get("refuses"):
+            raise ValueError("this model is not for me")
+
     def run(self, shard: Shard) -> FakeResult:
         spec, first = self.spec, shard.first_window
         Path(spec["folder"], f"{first}.{os.getpid()}").touch()

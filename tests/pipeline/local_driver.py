@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from pipeline.cluster import open_executor
+from pipeline.executor import Task
 from pipeline.runtime import setup_logging
 from pipeline.settings import ClusterSettings, EngineSettings
 from pipeline.shards import plan
@@ -21,7 +23,8 @@ def main(folder: Path) -> None:
     settings = ClusterSettings(kind="local", workers=2, threads_per_worker=1)
     executor = open_executor(settings, EngineSettings(), "tests.pipeline.fake_workers:FakeWorker")
     try:
-        executor.start({"folder": str(folder), "seconds": 0.05, "poison": [5]})  # type: ignore[arg-type]
+        spec: Any = {"folder": str(folder), "seconds": 0.05, "poison": [5]}
+        executor.start([spec])
         processes = psutil.Process().children(recursive=True)
         listening = {
             connection.laddr.ip
@@ -29,8 +32,9 @@ def main(folder: Path) -> None:
             for connection in process.net_connections("inet")
             if connection.status == psutil.CONN_LISTEN
         }
-        results = []
-        failures = executor.run(plan(12, 1), results.append)
+        results: list[Any] = []
+        tasks = [Task(spec, shard) for shard in plan(12, 1)]
+        failures = executor.run(tasks, lambda _, result: results.append(result))
         report = {
             "workers": [entry["pid"] for entry in executor.memory()],
             "listening": sorted(listening),

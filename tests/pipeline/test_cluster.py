@@ -14,9 +14,10 @@ import pytest
 from pipeline import runtime
 from pipeline.cluster import InlineExecutor, RayExecutor, open_executor
 from pipeline.errors import ClusterUnreachable
+from pipeline.executor import Queue, ShardFailure, Task
 from pipeline.ray_pool import spread
 from pipeline.settings import ClusterSettings, EngineSettings
-from pipeline.shards import plan
+from pipeline.shards import Shard, plan
 
 FAKE = "tests.pipeline.fake_workers:FakeWorker"
 
@@ -24,14 +25,22 @@ FAKE = "tests.pipeline.fake_workers:FakeWorker"
 def inline(spec: dict[str, Any]) -> InlineExecutor:
     executor = open_executor(ClusterSettings(kind="inline"), EngineSettings(), FAKE)
     assert isinstance(executor, InlineExecutor)
-    executor.start(spec)  # type: ignore[arg-type]
+    executor.start([spec])  # type: ignore[list-item]
     return executor
 
 
+def run(
+    executor: InlineExecutor, spec: dict[str, Any], shards: list[Shard], results: list[Any]
+) -> list[ShardFailure]:
+    tasks = [Task(spec, shard) for shard in shards]  # type: ignore[arg-type]
+    return executor.run(tasks, lambda _, result: results.append(result))
+
+
 def test_inline_runs_every_shard_once_in_order(tmp_path: Path) -> None:
-    executor = inline({"folder": str(tmp_path)})
+    spec = {"folder": str(tmp_path)}
+    executor = inline(spec)
     results: list[Any] = []
-    assert executor.run(plan(5, 2), results.append) == []
+    assert run(executor, spec, plan(5, 2), results) == []
     assert [result.shard.first_window for result in results] == [0, 2, 4]
     assert executor.memory()[0]["pid"] == os.getpid()
     executor.close()
@@ -42,9 +51,9 @@ def test_inline_runs_every_shard_once_in_order(tmp_path: Path) -> None:
 def test_inline_sets_an_exception_aside_and_finishes_the_rest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    executor = inline({"folder": str(tmp_path), "faulty": [1]})
+    spec = {"folder": str(tmp_path), "faulty": [1]}
     results: list[Any] = []
-    (failure,) = executor.run(plan(3, 1), results.append)
+    (failure,) = run(inline(spec), spec, plan(3, 1), results)
     assert (failure.kind, failure.attempts, failure.cause) == ("error", 1, "ValueError: window 1 is wrong")
     assert [result.shard.first_window for result in results] == [0, 2]
     assert len(list(tmp_path.glob("1.*"))) == 1
@@ -56,14 +65,53 @@ def test_inline_hands_on_what_the_worker_raises_at_its_start(tmp_path: Path) -> 
         inline({"folder": str(tmp_path), "refuses": True})
 
 
-def test_inline_lets_an_interrupt_through(tmp_path: Path) -> None:
-    executor = inline({"folder": str(tmp_path)})
+def test_a_worker_turns_to_the_run_that_a_shard_belongs_to(tmp_path: Path) -> None:
+    specs: list[Any] = [{"folder": str(tmp_path), "file": name, "refuses": name == "b"} for name in "abc"]
+    executor = inline(specs[0])
+    tasks = [Task(spec, shard, spec["file"]) for spec in specs for shard in plan(2, 1)]
+    done: list[Task] = []
+    failures = executor.run(tasks, lambda task, _: done.append(task))
+    assert [task.file for task in done] == ["a", "a", "c", "c"], "a run that cannot be opened stops no other"
+    assert [(failure.task.file, failure.kind) for failure in failures] == [("b", "error")] * 2
+    turned = [path.name.split(".")[1] for path in tmp_path.glob("turned.*")]
+    assert turned.count("c") == 1
+    assert "a" not in turned, "it was open from the start"
 
-    def interrupt(_: object) -> None:
+
+def test_a_worker_begins_with_the_first_run_that_it_can_open(tmp_path: Path) -> None:
+    executor = InlineExecutor(FAKE)
+    specs: list[Any] = [{"folder": str(tmp_path), "refuses": True}, {"folder": str(tmp_path)}]
+    assert executor.start(specs)[0]["pid"] == os.getpid()
+    executor.close()
+
+
+def test_a_queue_hands_out_a_files_shards_before_the_next_files() -> None:
+    def task(file: str, first: int) -> Task:
+        return Task({"file": file}, Shard(first, 1), file)  # type: ignore[arg-type]
+
+    tasks = [task("a", 0), task("b", 0), task("a", 1), task("b", 1)]
+    queue = Queue(tasks)
+    assert [spec["file"] for spec in queue.specs()] == ["a", "b"]  # type: ignore[index]
+    assert queue.take("b") is tasks[1], "of the file that the worker has open"
+    assert queue.take() is tasks[0]
+    queue.put(tasks[0])
+    assert [queue.take("c"), queue.take("a")] == [tasks[2], tasks[0]], (
+        "what comes back is done last of its file"
+    )
+    assert len(queue) == 1
+    assert queue.take("a") is tasks[3], "of the next file when its own has none"
+    assert not queue
+
+
+def test_inline_lets_an_interrupt_through(tmp_path: Path) -> None:
+    spec: Any = {"folder": str(tmp_path)}
+    executor = inline(spec)
+
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        executor.run(plan(3, 1), interrupt)
+        executor.run([Task(spec, shard) for shard in plan(3, 1)], interrupt)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -71,7 +119,7 @@ def test_inline_lets_an_interrupt_through(tmp_path: Path) -> None:
 def test_running_before_starting_is_a_wrong_call(executor: InlineExecutor | RayExecutor) -> None:
     assert executor.memory() == []
     with pytest.raises(RuntimeError, match="before start"):
-        executor.run(plan(1, 1), lambda _: None)
+        executor.run([], lambda *_: None)
     executor.close()
 
 
@@ -99,7 +147,7 @@ def test_an_unreachable_cluster_is_refused_without_importing_ray(address: str) -
     started = time.monotonic()
     executor = open_executor(ClusterSettings(kind="ray", address=address), EngineSettings(), FAKE)
     with pytest.raises(ClusterUnreachable, match=r"cluster[.]address=") as refused:
-        executor.start({})  # type: ignore[arg-type]
+        executor.start([])
     executor.close()
     assert refused.value.exit_code == 2
     assert refused.value.hint
@@ -111,7 +159,7 @@ def test_an_unreachable_cluster_is_refused_without_importing_ray(address: str) -
 def test_a_cluster_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ClusterUnreachable, match="needs an address"):
-        open_executor(ClusterSettings(kind="ray"), EngineSettings(), FAKE).start({})  # type: ignore[arg-type]
+        open_executor(ClusterSettings(kind="ray"), EngineSettings(), FAKE).start([])
 
 
 def test_local_workers_fill_the_cores_that_are_there() -> None:

@@ -71,3 +71,38 @@ def test_digest_is_of_little_endian_doubles_in_window_order():
     sums = np.array([1.5, 2.25, 1e300])
     assert nll_sha256(sums) == hashlib.sha256(struct.pack("<3d", *sums)).hexdigest()
     assert nll_sha256(sums[::-1]) != nll_sha256(sums) == nll_sha256(np.array([0, *sums])[1:])
+
+
+@pytest.mark.parametrize("sizes", [[255] * 8, [3, 40, 7, 255, 1], [2, 2]])
+def test_weighted_errors_equal_the_weighted_regression(sizes):
+    rng = np.random.default_rng(6)
+    windows = np.repeat(np.arange(len(sizes)), sizes)
+    values = rng.gamma(2.0, 1.6, windows.size) + rng.normal(0, 0.4, len(sizes))[windows] + 2
+    weights = rng.uniform(0.1, 7, len(sizes))
+    ppl, stderr, clustered = reference.weighted(values, windows, weights[windows])
+    ours = perplexity(rows_of(values, windows) | {"weight": weights})
+    assert ours["ppl"] == pytest.approx(ppl, rel=1e-13)
+    assert ours["ppl_stderr"] == pytest.approx(stderr, rel=1e-9)
+    assert ours["ppl_stderr_clustered"] == pytest.approx(clustered, rel=1e-9)
+    assert ours["n_scored"] == values.size, "a weight is no count"
+
+
+def test_equal_weights_are_none():
+    rng = np.random.default_rng(7)
+    values, windows = rng.gamma(2.0, 1.6, 500), np.repeat(np.arange(10), 50)
+    rows = rows_of(values, windows)
+    plain, missing = perplexity(rows), perplexity(rows | {"weight": np.full(10, np.nan)})
+    assert plain == missing, "a table without weights, to the bit"
+    for name, value in perplexity(rows | {"weight": np.full(10, 3.0)}).items():
+        assert value == (plain[name] if isinstance(value, str) else pytest.approx(plain[name], rel=1e-12)), (
+            name
+        )
+
+
+def test_a_weight_counts_as_so_many_copies():
+    rng = np.random.default_rng(8)
+    values, windows = rng.gamma(2.0, 1.6, 60), np.repeat(np.arange(3), 20)
+    twice = perplexity(rows_of(np.append(values, values[40:]), np.append(windows, np.full(20, 3))))
+    weighted = perplexity(rows_of(values, windows) | {"weight": np.array([1.0, 1.0, 2.0])})
+    for name in ("ppl", "bits_per_byte", "byte_ppl", "word_ppl"):
+        assert weighted[name] == pytest.approx(twice[name], rel=1e-13)

@@ -85,3 +85,11 @@ def test_nothing_reaches_standard_output(
     bar.advance(1, 1, 1.0, 1)
     bar.stop()
     assert capsys.readouterr().out == ""
+
+
+def test_windows_of_several_runs_have_no_perplexity_in_common(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lines = LineProgress(every_s=0)
+    lines.start(2, mixed=True)
+    lines.advance(1, 10, 10.0, 20)
+    assert "1 of 2 windows, perplexity -, " in caplog.text

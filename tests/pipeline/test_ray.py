@@ -22,6 +22,7 @@ import pytest
 
 from pipeline.cluster import Executor, open_executor
 from pipeline.errors import ClusterUnreachable
+from pipeline.executor import Task
 from pipeline.settings import ClusterSettings, EngineSettings
 from pipeline.shards import plan
 
@@ -78,8 +79,9 @@ def run(
 ) -> tuple[list[int], list[Any], list[dict[str, Any]]]:
     """(windows done, failures, what the workers said)."""
     results: list[Any] = []
-    infos = executor.start(spec)  # type: ignore[arg-type]
-    failures = executor.run(plan(n_shards, 1), results.append)
+    infos = executor.start([spec])  # type: ignore[list-item]
+    tasks = [Task(spec, shard) for shard in plan(n_shards, 1)]  # type: ignore[arg-type]
+    failures = executor.run(tasks, lambda _, result: results.append(result))
     return sorted(result.shard.first_window for result in results), failures, infos
 
 
@@ -94,6 +96,19 @@ def test_two_workers_share_the_shards_and_one_warms_up_first(executor: Executor,
     assert {entry["pid"] for entry in executor.memory()} == {info["pid"] for info in infos}
     marks = {int(path.suffix[1:]) for path in tmp_path.iterdir()}
     assert marks == {info["pid"] for info in infos}
+
+
+def test_each_worker_opens_each_file_once_and_none_waits_for_the_other(
+    executor: Executor, tmp_path: Path
+) -> None:
+    specs: list[Any] = [{"folder": str(tmp_path), "file": name, "seconds": 0.05} for name in "ab"]
+    executor.start(specs)
+    tasks = [Task(spec, shard, spec["file"]) for spec in specs for shard in plan(9, 1)]
+    assert executor.run(tasks, lambda *_: None) == []
+    turns = Counter(tuple(path.name.split(".")[1:3]) for path in tmp_path.glob("turned.*"))
+    assert {file for file, _ in turns} == {"b"}, "all began with the first file"
+    assert set(turns.values()) == {1}
+    assert len(turns) == 2
 
 
 def test_a_killed_worker_loses_no_shard(executor: Executor, tmp_path: Path) -> None:
@@ -133,13 +148,13 @@ def test_poison_is_set_aside_after_three_processes_and_an_exception_at_once(
 
 def test_a_worker_that_cannot_open_its_model_raises_its_own_error(executor: Executor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="this model is not for me"):
-        executor.start({"folder": str(tmp_path), "refuses": True})  # type: ignore[arg-type]
+        executor.start([{"folder": str(tmp_path), "refuses": True}])  # type: ignore[list-item]
 
 
 @pytest.mark.slow
 def test_a_model_that_kills_every_process_is_refused_in_the_end(executor: Executor, tmp_path: Path) -> None:
     with pytest.raises(ClusterUnreachable, match="no worker could be started"):
-        executor.start({"folder": str(tmp_path), "dies_at_start": True})  # type: ignore[arg-type]
+        executor.start([{"folder": str(tmp_path), "dies_at_start": True}])  # type: ignore[list-item]
 
 
 def test_a_local_ray_is_silent_and_loopback_only_and_dies_with_its_driver(tmp_path: Path) -> None:
@@ -176,7 +191,7 @@ def test_an_address_without_a_cluster_is_refused_in_bounded_time() -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         executor = open_executor(ClusterSettings(kind="ray", address=address), EngineSettings(), FAKE)
         with pytest.raises(ClusterUnreachable, match="is not the head of a Ray cluster") as refused:
-            executor.start({})  # type: ignore[arg-type]
+            executor.start([])
     assert refused.value.exit_code == 2
     assert refused.value.hint
     assert time.monotonic() - started < 30

@@ -44,6 +44,14 @@ def test_defaults_need_only_a_model_and_a_text():
         ({"data": DataSettings(path="t", format="json")}, r"did you mean jsonl\?"),
         ({"data": DataSettings(path="t", sha256="12")}, r"data\.sha256=12 .*64 hexadecimal"),
         ({"data": DataSettings(path="t", format="jsonl", field="")}, r"data\.field"),
+        ({"data": DataSettings(path="t", format="parquet", field="")}, r"format=parquet needs data\.field"),
+        ({"data": DataSettings(path="t", documents="joint")}, r"did you mean joined\?"),
+        ({"data": DataSettings(path="t", errors="ignore")}, r"data\.errors=ignore is not known"),
+        ({"data": DataSettings(path="t", files=["a"])}, r"data\.path=t and data\.files=.*give one"),
+        ({"data": DataSettings(path="t", weight="w")}, r"data\.weight=w needs data\.format"),
+        ({"data": DataSettings(path="t", weight="w", format="jsonl")}, r"needs data\.documents=apart"),
+        ({"protocol": ProtocolSettings("strided", 8, stride=8)}, r"stride=8 is too large; .*window=8"),
+        ({"protocol": ProtocolSettings("strided", stride=0)}, r"protocol\.stride=0 is too small"),
         ({"protocol": ProtocolSettings(window=2)}, r"protocol\.window=2 is too small; expected 3"),
         ({"protocol": ProtocolSettings(limit=0)}, r"protocol\.limit=0 is too small; expected 1"),
         ({"engine": EngineSettings(threads=0)}, r"engine\.threads=0"),
@@ -89,6 +97,26 @@ def test_what_is_ignored_is_a_warning():
         "tracking.uri",
         "cluster.workers",
     ]
+
+
+def test_a_stride_of_another_protocol_is_ignored_and_said():
+    assert "protocol.stride=4 is ignored" in settings(protocol=ProtocolSettings(stride=4)).validate()[0]
+    assert settings(protocol=ProtocolSettings("strided", stride=4)).validate() == []
+
+
+def test_resolved_data_name_files_urls_and_what_becomes_of_documents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = settings(data=DataSettings(path="", files=["a", "s3://b/c"])).resolved().data
+    assert data.files == [str(tmp_path / "a"), "s3://b/c"]
+    assert data.path == f"{tmp_path / 'a'}, s3://b/c"
+    assert settings(data=DataSettings(path="https://h/t.txt")).resolved().data.path == "https://h/t.txt"
+    for name, documents in {"windows": "joined", "strided": "joined", "document": "apart"}.items():
+        made = settings(protocol=ProtocolSettings(name))
+        assert made.resolved().data.documents == documents
+        assert made.resolved().resolved() == made.resolved()
+        assert made.resolved().validate() == []
+    weighted = DataSettings(path="t", weight="w", format="jsonl")
+    assert settings(data=weighted, protocol=ProtocolSettings("document")).validate() == []
 
 
 def test_resolved_paths_are_absolute_and_threads_decided(tmp_path, monkeypatch):

@@ -98,6 +98,40 @@ def test_nothing_of_mlflow_reaches_the_driver_or_standard_output(
     assert query(results, "select status from runs where name = 'again'") == [("FAILED",)]
 
 
+def test_points_of_a_sweep_are_children_of_a_parent_that_ends_with_it(results: Path, run_id: str) -> None:
+    tracker = open_tracker(TrackingSettings(), results)
+    parent = tracker.log_run("sweep", {"axis": "a, b"}, {}, {"run_key": "s1"}, stays_open=True)
+    assert parent is not None
+    assert query(results, "select status from runs where name = 'sweep'") == [("RUNNING",)]
+    children = [tracker.log_run(name, {}, {"ppl": 2.0}, {"run_key": name}, parent=parent) for name in "ab"]
+    tracker.end_run(parent, {"n_points": 2})
+    assert tracker.warnings == []
+    tagged = query(results, "select run_uuid, value from tags where key = 'mlflow.parentRunId'")
+    assert tagged == sorted((child, parent) for child in children)
+    assert query(results, "select status from runs where name = 'sweep'") == [("FINISHED",)]
+    assert query(results, f"select key, value from metrics where run_uuid = '{parent}'") == [
+        ("n_points", 2.0)
+    ]
+
+
+def test_a_sweep_that_is_interrupted_is_marked_killed(results: Path, run_id: str) -> None:
+    tracker = open_tracker(TrackingSettings(), results)
+    assert tracker.log_run("cut short", {}, {}, {"run_key": "s2"}, stays_open=True)
+    tracker.close()
+    deadline = time.monotonic() + 30
+    while query(results, "select status from runs where name = 'cut short'") != [("KILLED",)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_what_did_not_answer_once_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "LOG_TIMEOUT_S", 0.1)
+    tracker = MlflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "x", tmp_path / "mlartifacts")
+    for _ in range(3):
+        assert tracker.log_run("x", {}, {}, {"run_key": "k"}, parent="p") is None
+    assert len(tracker.warnings) == 1
+
+
 def test_closing_without_a_run_logs_nothing(tmp_path: Path, results: Path, run_id: str) -> None:
     n_runs = query(results, "select count(*) from runs")
     tracker = open_tracker(TrackingSettings(), results)

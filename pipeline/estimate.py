@@ -1,0 +1,112 @@
+"""What a run will take, before it is started: time and memory, and how they were estimated.
+
+Time is tokens left / (tokens/s of a worker * workers). The rate comes from earlier rows of `table=runs` of
+the same model on this host with as many threads, those of the same window first; without such rows, from the
+machine's own speed: fused multiply-adds are timed here and now, a token takes one per weight of the model's
+matrices, and the kernels reach about `SHARE` of the ceiling. Starting workers and compiling come on top.
+
+Memory is the model file, which all workers of a host share, and for each worker what its model and its
+cache allocate, which is known exactly, with `BASE_BYTES` for the interpreter and the libraries.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import results
+from pipeline.preflight import Prepared
+from pipeline.settings import PerplexitySettings
+from pipeline.windows import slots
+
+if TYPE_CHECKING:
+    import engine
+
+SHARE = 0.5
+BASE_BYTES = 150_000_000
+_LATEST = 5
+_ROWS = """
+    select model_sha256, threads, protocol_window, tok_per_s / n_workers as rate
+    from runs
+    where host = $host and tok_per_s is not null and n_workers > 0
+    order by finished_at desc
+"""
+
+
+class Estimator:
+    """Estimates for the runs of one invocation: the store is read once, the machine timed at most once."""
+
+    def __init__(self, settings: PerplexitySettings) -> None:
+        folder = Path(settings.paths.results)
+        self._rows = results.select(folder, _ROWS, {"host": socket.gethostname()})
+        self._gflops: float | None = None
+        self._model: tuple[Any, engine.Model] | None = None  # the latest, and of what
+
+    def plan(self, ready: Prepared, n_workers: int) -> dict[str, Any]:
+        """`estimated_s`, `estimated_from` in words, `model_bytes`, `worker_bytes`."""
+        rate, how = self._rate(ready)
+        n_left = sum(shard.n_windows for shard in ready.todo) * ready.settings.protocol.window
+        return {
+            "estimated_s": n_left / (rate * max(1, min(n_workers, len(ready.todo)))),
+            "estimated_from": how,
+            "model_bytes": ready.file.n_bytes,
+            "worker_bytes": self._worker_bytes(ready),
+        }
+
+    def _rate(self, ready: Prepared) -> tuple[float, str]:
+        """Tokens/s of one worker, and where that comes from."""
+        threads = ready.settings.engine.threads
+        rows = [
+            row
+            for row in self._rows
+            if row["model_sha256"] == ready.spec.model_sha256 and row["threads"] == threads
+        ]
+        window = ready.settings.protocol.window
+        alike = [row["rate"] for row in rows if row["protocol_window"] == window][:_LATEST]
+        if alike:
+            rate = statistics.median(alike)
+            return (
+                rate,
+                f"{_runs(len(alike))} of this model and window on this host: {rate:.0f} tok/s a worker",
+            )
+        if rows:
+            rate = statistics.median(row["rate"] for row in rows[:_LATEST])
+            n = min(len(rows), _LATEST)
+            return (
+                rate,
+                f"{_runs(n)} of this model with other windows on this host: {rate:.0f} tok/s a worker",
+            )
+        gflops = self._ceiling(threads)
+        n_weights = sum(math.prod(t.shape) for t in ready.file.tensors.values() if len(t.shape) == 2)
+        rate = SHARE * gflops * 1e9 / (2 * n_weights)
+        return rate, (
+            f"no earlier run of this model here: {SHARE:.0%} of {gflops:.0f} GFLOP/s measured now, "
+            f"{2 * n_weights / 1e6:,.3g} MFLOP a token: {rate:.0f} tok/s a worker"
+        )
+
+    def _ceiling(self, threads: int) -> float:
+        import engine
+
+        if self._gflops is None:
+            self._gflops = engine.fma_gflops(threads)
+        return self._gflops
+
+    def _worker_bytes(self, ready: Prepared) -> int:
+        """What a worker allocates: the model's buffers and the cache are made here, and never touched."""
+        import engine
+
+        s = ready.settings
+        wanted = ready.spec.model_path, s.engine
+        if self._model is None or self._model[0] != wanted:
+            made = engine.load_model(ready.file, threads=s.engine.threads, batch_tokens=s.engine.batch_tokens)
+            self._model = wanted, made
+        model = self._model[1]
+        n_slots = slots(s.protocol, s.engine.batch_tokens, ready.spec.windows_per_shard)
+        return BASE_BYTES + model.nbytes + model.new_cache(n_slots, s.protocol.window).nbytes
+
+
+def _runs(n: int) -> str:
+    return "an earlier run" if n == 1 else f"{n} earlier runs"
