@@ -24,7 +24,6 @@ DATA_FORMATS = ("text", "jsonl", "parquet")
 DATA_DOCUMENTS = ("joined", "apart")
 DATA_ERRORS = ("strict", "replace")
 KV_TYPES = ("f32", "f16")
-KV_TYPES_COMPUTED = ("f32",)
 LOAD_MODES = ("mmap", "populate", "mlock", "copy", "prefetch")
 CLUSTER_KINDS = ("inline", "local", "ray")
 TRACKING_KINDS = ("none", "local", "server")
@@ -216,8 +215,6 @@ def _names(s: PerplexitySettings) -> list[str]:
         for key, value, valid in named
         if value not in valid
     ]
-    if s.engine.kv in KV_TYPES and s.engine.kv not in KV_TYPES_COMPUTED:
-        problems.append(f"engine.kv={s.engine.kv} is not computed by this version; use engine.kv=f32")
     if s.data.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", s.data.sha256):
         problems.append(f"data.sha256={s.data.sha256} is not a SHA-256; expected 64 hexadecimal digits")
     return problems

@@ -159,7 +159,10 @@ class EvalWorker:
         _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
         self.protocol = open_protocol(spec.protocol, spec.bos_id, self.stream)
         self.n_slots = slots(spec.protocol, spec.engine.batch_tokens, spec.windows_per_shard)
-        self.cache = self.model.new_cache(self.n_slots, spec.protocol.window)
+        whole = (
+            spec.protocol.window <= spec.engine.batch_tokens
+        )  # a window's keys are needed in one call only
+        self.cache = self.model.new_cache(self.n_slots, spec.protocol.window, spec.engine.kv, fleeting=whole)
         self.load_s = self.open_s + time.perf_counter() - started
 
     def ready(self) -> dict[str, Any]:

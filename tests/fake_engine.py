@@ -83,7 +83,7 @@ class FakeModel:
     def __init__(self, batch_tokens):
         self.batch_tokens = batch_tokens
 
-    def new_cache(self, n_slots, capacity):
+    def new_cache(self, n_slots, capacity, kv="f32", *, fleeting=False):
         return FakeCache(n_slots, capacity)
 
     def nll(self, batch, cache):
