@@ -22,7 +22,7 @@ from tests.make_gguf import expand_to_f32
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-N_WINDOWS = 16
+N_WINDOWS = 12
 
 
 def command(model: Path, results: Path, *words: str) -> list[str]:
@@ -82,14 +82,12 @@ def engine_workers(run: subprocess.Popen[str], model: Path) -> list[psutil.Proce
 @pytest.mark.parametrize(
     ("words", "environment"),
     [
-        (["cluster=inline", "engine.batch_tokens=512", "cluster.windows_per_shard=8"], {}),
-        (["cluster=inline", "engine.batch_tokens=4096", "cluster.windows_per_shard=16"], {}),
+        (["cluster=inline", "engine.batch_tokens=4096", "cluster.windows_per_shard=12"], {}),
         (["cluster=inline", "engine.threads=2", "cluster.windows_per_shard=8"], {}),
         (["cluster=inline", "engine.batch_tokens=50"], {}),
-        (["cluster=inline"], AVX2),
-        (["cluster=local", "cluster.workers=2", "cluster.windows_per_shard=5"], {}),
+        pytest.param(["cluster=inline"], AVX2, marks=pytest.mark.slow),
     ],
-    ids=["batch-512", "batch-4096", "threads-2", "window-over-many-batches", "avx2", "workers-2"],
+    ids=["batch-4096", "threads-2", "window-over-many-batches", "avx2"],
 )
 def test_bits_do_not_depend_on_how_they_are_computed(smollm2, whole, tmp_path, words, environment):
     if environment:
@@ -99,11 +97,9 @@ def test_bits_do_not_depend_on_how_they_are_computed(smollm2, whole, tmp_path, w
     assert seen["run_key"] == whole["run_key"]
     assert seen["ppl"] == whole["ppl"]
     assert seen["shards_reused"] == 0
-    # one copy of the file, whoever maps it: shares summed over all processes are the resident bytes
-    assert seen["model_pss_sum_bytes"] == pytest.approx(seen["model_resident_bytes"], rel=0.02)
 
 
-def test_bits_survive_the_kill_of_a_worker(smollm2, whole, tmp_path):
+def test_bits_of_two_workers_survive_the_kill_of_one(smollm2, whole, tmp_path):
     words = command(smollm2, tmp_path, "cluster=local", "cluster.workers=2")
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_first_shard(tmp_path, run)
@@ -115,6 +111,8 @@ def test_bits_survive_the_kill_of_a_worker(smollm2, whole, tmp_path):
     seen = json.loads(stdout.splitlines()[-1])
     assert seen["nll_sha256"] == whole["nll_sha256"]
     assert len(shards(tmp_path)) == N_WINDOWS
+    # one copy of the file, whoever maps it: shares summed over all processes are the resident bytes
+    assert seen["model_pss_sum_bytes"] == pytest.approx(seen["model_resident_bytes"], rel=0.02)
 
 
 def test_bits_survive_the_kill_of_the_driver_and_nothing_is_computed_twice(smollm2, whole, tmp_path):

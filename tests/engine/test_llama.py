@@ -212,26 +212,25 @@ def test_keep_and_clear_leave_what_they_say(tiny_model):
     np.testing.assert_array_equal(model.nll(batch, cache), tiny_model.score(tokens))
 
 
-def test_head_scratch_does_not_grow_with_the_vocabulary(tmp_path):
-    small, large = (
-        Scorer(
-            tiny_llama(tmp_path / f"{v}.gguf", vocab=v, n_layers=1, width=32, ff=32), batch_tokens=64
-        ).model
-        for v in (1_000, 200_000)
-    )
-    assert small.nbytes == large.nbytes
+@pytest.fixture(scope="module")
+def wide_scorer(tmp_path_factory):
+    """A vocabulary of 200,000."""
+    path = tmp_path_factory.mktemp("wide") / "m.gguf"
+    return Scorer(tiny_llama(path, vocab=200_000, n_layers=1, width=32, ff=32), batch_tokens=64)
 
 
-def test_nll_allocates_no_row_of_logits(tmp_path):
+def test_head_scratch_does_not_grow_with_the_vocabulary(tmp_path, wide_scorer):
+    path = tiny_llama(tmp_path / "m.gguf", vocab=1_000, n_layers=1, width=32, ff=32)
+    assert Scorer(path, batch_tokens=64).model.nbytes == wide_scorer.model.nbytes
+
+
+def test_nll_allocates_no_row_of_logits(wide_scorer):
     import tracemalloc
 
-    scorer = Scorer(
-        tiny_llama(tmp_path / "m.gguf", vocab=200_000, n_layers=1, width=32, ff=32), batch_tokens=64
-    )
     tokens = tokens_of(64)
-    scorer.score(tokens)
+    wide_scorer.score(tokens)
     tracemalloc.start()
-    scorer.score(tokens)
+    wide_scorer.score(tokens)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200_000 * 4  # one row of logits; 63 of them would be 50 MB

