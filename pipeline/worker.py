@@ -159,9 +159,8 @@ class EvalWorker:
         _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
         self.protocol = open_protocol(spec.protocol, spec.bos_id, self.stream)
         self.n_slots = slots(spec.protocol, spec.engine.batch_tokens, spec.windows_per_shard)
-        whole = (
-            spec.protocol.window <= spec.engine.batch_tokens
-        )  # a window's keys are needed in one call only
+        # a window that fits a batch is decoded in one call: no layer's keys are needed after it
+        whole = spec.protocol.window <= spec.engine.batch_tokens
         self.cache = self.model.new_cache(self.n_slots, spec.protocol.window, spec.engine.kv, fleeting=whole)
         self.load_s = self.open_s + time.perf_counter() - started
 

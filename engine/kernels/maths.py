@@ -16,10 +16,8 @@ from engine.kernels._jit import kernel
 from engine.kernels.simd import bits_to_f32, bits_to_f64, f32_to_bits, f64_to_bits, fma, fma64
 
 _F32 = np.float32
-_LOG2E_32, _MAGIC_32 = (
-    _F32(1.44269504088896341),
-    _F32(12582912.0),
-)  # 1.5 * 2**23: adding it rounds to an integer
+_LOG2E_32 = _F32(1.44269504088896341)
+_MAGIC_32 = _F32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer
 _LN2_HI_32, _LN2_LO_32 = _F32(0.693359375), _F32(-2.12194440e-4)
 _E5, _E4, _E3 = _F32(1.9875691500e-4), _F32(1.3981999507e-3), _F32(8.3334519073e-3)
 _E2, _E1, _E0 = _F32(4.1665795894e-2), _F32(1.6666665459e-1), _F32(5.0000001201e-1)
