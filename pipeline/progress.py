@@ -89,30 +89,6 @@ class _Figures(TypedDict):
     eta: str
 
 
-class NoProgress:
-    """Shows nothing."""
-
-    def start(
-        self,
-        total_windows: int,
-        done_windows: int = 0,
-        *,
-        n_scored: int = 0,
-        nll_sum: float = 0.0,
-        mixed: bool = False,
-    ) -> None:
-        pass
-
-    def note(self, message: str) -> None:
-        pass
-
-    def advance(self, n_windows: int, n_scored: int, nll_sum: float, n_tokens: int) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-
 class LineProgress:
     """A log line at most every `every_s` seconds, and one when the last window is done."""
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import BarProgress, LineProgress, NoProgress, Progress, Tally, make_progress
+from pipeline.progress import BarProgress, LineProgress, Progress, Tally, make_progress
 
 
 def test_perplexity_is_that_of_the_summed_likelihood() -> None:
@@ -62,7 +62,7 @@ def test_the_bar_shows_windows_and_running_perplexity() -> None:
 
 
 @pytest.mark.parametrize(
-    "shown", [NoProgress(), LineProgress(), BarProgress(Console(file=io.StringIO(), force_terminal=True))]
+    "shown", [LineProgress(), BarProgress(Console(file=io.StringIO(), force_terminal=True))]
 )
 def test_every_display_takes_any_order_of_calls(shown: Progress) -> None:
     shown.advance(1, 1, 1.0, 1)
