@@ -17,6 +17,7 @@ from engine.errors import (
     CapacityError,
     EngineError,
     GGUFFormatError,
+    StateError,
     UnsupportedModel,
     UnsupportedQuant,
     UnsupportedTokenizer,
@@ -24,11 +25,15 @@ from engine.errors import (
 
 if TYPE_CHECKING:
     from engine.batch import Batch
+    from engine.cache import Cache
     from engine.gguf import GGUFFile, open
     from engine.kernel_cache import is_warm
-    from engine.machine import cpu_features, fma_gflops
-    from engine.model import Model, check_supported, load_model, warm_up
+    from engine.machine import cpu_features, fma_gflops, gemm_gflops, read_gb_per_s
+    from engine.model import Model, check_supported, footprint, load_model, warm_up
+    from engine.recurrent import RecurrentCache
+    from engine.sequences import predict, score
     from engine.state import KVCache
+    from engine.state_file import restore_state, save_state
     from engine.tokenizer import Tokenizer
 
 NUMERICS = 1
@@ -36,28 +41,40 @@ NUMERICS = 1
 
 _HOMES = {  # resolved on first use: importing Numba takes half a second that `--help` does not need
     "Batch": "batch",
+    "Cache": "cache",
     "GGUFFile": "gguf",
     "KVCache": "state",
     "Model": "model",
+    "RecurrentCache": "recurrent",
     "Tokenizer": "tokenizer",
     "check_supported": "model",
     "cpu_features": "machine",
     "fma_gflops": "machine",
+    "footprint": "model",
+    "gemm_gflops": "machine",
     "is_warm": "kernel_cache",
     "load_model": "model",
     "open": "gguf",
+    "predict": "sequences",
+    "read_gb_per_s": "machine",
+    "restore_state": "state_file",
+    "save_state": "state_file",
+    "score": "sequences",
     "warm_up": "model",
 }
 
 __all__ = [
     "NUMERICS",
     "Batch",
+    "Cache",
     "CapacityError",
     "EngineError",
     "GGUFFile",
     "GGUFFormatError",
     "KVCache",
     "Model",
+    "RecurrentCache",
+    "StateError",
     "Tokenizer",
     "UnsupportedModel",
     "UnsupportedQuant",
@@ -65,9 +82,16 @@ __all__ = [
     "check_supported",
     "cpu_features",
     "fma_gflops",
+    "footprint",
+    "gemm_gflops",
     "is_warm",
     "load_model",
     "open",
+    "predict",
+    "read_gb_per_s",
+    "restore_state",
+    "save_state",
+    "score",
     "warm_up",
 ]
 

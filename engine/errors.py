@@ -5,6 +5,7 @@ EngineError
 ├── UnsupportedModel      an architecture, or a setting of it, that no model file here runs
 ├── UnsupportedQuant      a tensor type that cannot be decoded
 ├── UnsupportedTokenizer  a tokenizer or pre-tokenizer that is not known
+├── StateError            a saved state that is damaged, or of another version, model or cache
 └── CapacityError         a batch, a sequence or a model to be locked that does not fit its memory
 
 Wrong calls raise ValueError or TypeError; a file that cannot be opened raises the operating system's OSError.
@@ -31,6 +32,10 @@ class UnsupportedQuant(EngineError):
 
 class UnsupportedTokenizer(EngineError):
     """The vocabulary's model or pre-tokenizer is not known."""
+
+
+class StateError(EngineError):
+    """A file of saved sequences cannot be restored here."""
 
 
 class CapacityError(EngineError):

@@ -85,6 +85,26 @@ def load_model(file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096) ->
     return Llama(file, threads=threads, batch_tokens=batch_tokens)
 
 
+def footprint(
+    file: GGUFFile,
+    *,
+    threads: int = 1,
+    batch_tokens: int = 4096,
+    n_slots: int = 1,
+    capacity: int = 1,
+    kv: str = "f32",
+    fleeting: bool = False,
+) -> int:
+    """Bytes that `load_model` and `new_cache` with these arguments will allocate; allocates nothing.
+
+    Raises:
+        UnsupportedModel: as `check_supported`.
+    """
+    from engine.models.llama import footprint
+
+    return footprint(llama_params(file), threads, batch_tokens, n_slots, capacity, kv, fleeting)
+
+
 def warm_up(file: GGUFFile) -> float:
     """Compiles, or loads from disk, every kernel that scoring this file needs; seconds spent compiling.
 

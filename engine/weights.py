@@ -1,9 +1,9 @@
-"""Weight matrices that stay quantized in the mapping, and products with them."""
+"""Weight matrices that stay quantized in the mapping, and the threads that multiply with them."""
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,45 +11,78 @@ from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModel
 from engine.kernels.attention import BLOCK
-from engine.kernels.heads import add_bias
 from engine.kernels.logprob import HEAD_ROWS
-from engine.kernels.matmul import group_rows, multiply, multiply_swiglu, pack
-from engine.kernels.tile import MR, NR
+from engine.kernels.native import DECODE_SIGNATURE, PACK_SIGNATURE, address_of
+from engine.kernels.product import (
+    ACC,
+    BLOCK_KEYS,
+    BLOCK_VALUES,
+    CLOCK,
+    CLOCKS,
+    FEW_OUT,
+    FEW_STRIPS,
+    FEW_X,
+    FIELDS,
+    MORE_PACKS,
+    PACKS,
+    PRODUCT,
+    QUERY,
+    RUNNING,
+    SCORES,
+    SPARE,
+    SUMS,
+    WORK_FIELDS,
+    Share,
+    group_strips,
+)
+from engine.kernels.tile import FEW, MR, NR, STRIP
 from engine.quants import decoder
+from engine.quants.strips import packer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from engine.gguf import GGUFFile, Tensor
 
+_LINE = 64  # bytes of a cache line
+_PANELS_OF_A_THREAD = 4  # fewer than so many each, and the threads divide weights instead of panels
 
-_NONE = np.empty(0, np.int64)
+
+Fields = NDArray[np.int64]  # a table that kernels read; its names are in engine.kernels.product
 
 
 class Matrix:
-    """A (rows, columns) weight: a view on the mapped file and the decoder of its type; owns only its bias.
+    """A (rows, columns) weight: a view on the mapped file and the kernels of its type; owns only its bias.
 
-    `bias` is (rows,) float32, or empty where the file has none.
+    Attributes:
+        bias: (rows,) float32, or empty where the file has none.
+        fields: (FIELDS,) int64, what kernels know it by (engine.kernels.product); valid while this lives.
     """
 
     def __init__(self, tensor: Tensor, bias: NDArray[np.float32] | None = None) -> None:
         self.bias = np.empty(0, np.float32) if bias is None else bias
         self.rows, self.columns = tensor.shape
         self._data = tensor.data
-        self._decode = decoder(tensor.type.name)
-        self._blocks = self.columns // tensor.type.block_size  # of a row
-
-    def decode(self, first: int, count: int, out: NDArray[np.float32]) -> None:
-        """Rows [first, first + count) as float32 into the flat `out`."""
-        self._decode(self._data, first * self._blocks, count * self._blocks, out)
-
-    def packed(self, first: int, count: int, scratch: Scratch, which: int = 0) -> NDArray[np.float32]:
-        """Rows [first, first + count) decoded and packed for the tile, in `scratch` until its next use."""
-        self.decode(first, count, scratch.rows)
-        panels = -(-count // MR)
-        packed = scratch.packs[which][: panels * MR * self.columns].reshape(panels, self.columns, MR)
-        pack(scratch.rows[: panels * MR * self.columns].reshape(-1, self.columns), count, packed)
-        return packed
+        kind, pack = tensor.type, packer(tensor.type.name)
+        if pack is not None and self.columns % pack.unit:
+            pack = None
+        blocks = self.columns // kind.block_size
+        self.fields = np.array(
+            [
+                address_of(pack.kernel, PACK_SIGNATURE) if pack else 0,
+                address_of(decoder(kind.name), DECODE_SIGNATURE),
+                self._data.ctypes.data,
+                self.bias.ctypes.data if self.bias.size else 0,
+                self._data.size,
+                blocks * kind.block_bytes,
+                blocks,
+                pack.unit if pack else 1,
+                self.rows,
+                self.columns,
+            ],
+            np.int64,
+        )
+        assert self.fields.size == FIELDS
 
 
 def matrix(file: GGUFFile, name: str, rows: int, columns: int) -> Matrix:
@@ -82,101 +115,101 @@ def _tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-class Scratch:
-    """Working memory of one thread, allocated once. No size in it depends on the vocabulary."""
-
-    def __init__(self, depths: Sequence[int], head_width: int) -> None:
-        floats = max(max(group_rows(d), HEAD_ROWS) * d for d in depths)
-        self.rows = np.zeros(floats, np.float32)
-        self.packs = (np.zeros(floats, np.float32), np.zeros(floats, np.float32))
-        self.product = np.zeros((512, NR), np.float32)
-        self.sums = np.zeros(NR, np.float64)
-        padded = -(-head_width // MR) * MR
-        self.query = np.zeros((head_width, NR), np.float32)
-        self.block_keys = np.zeros(BLOCK * head_width, np.float32)
-        self.block_values = np.zeros(BLOCK * padded, np.float32)
-        self.scores = np.zeros((BLOCK, NR), np.float32)
-        self.acc = np.zeros((padded, NR), np.float32)
-        self.lanes = np.zeros((4, NR), np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        arrays = (
-            self.rows,
-            *self.packs,
-            self.product,
-            self.sums,
-            self.query,
-            self.block_keys,
-            self.block_values,
-            self.scores,
-            self.acc,
-            self.lanes,
-        )
-        return sum(a.nbytes for a in arrays)
+def aligned(*shape: int) -> NDArray[np.float32]:
+    """Zeros, float32, that begin on a cache line: no vector of a panel or strip lies across two."""
+    size = math.prod(shape)
+    raw = np.zeros(size + _LINE // 4, np.float32)
+    start = -raw.ctypes.data % _LINE // 4
+    return raw[start : start + size].reshape(shape)
 
 
-@dataclass(frozen=True)
-class Part:
-    """The panels [first, last) of a batch that one thread takes through a stage, with its own scratch.
+class Work:
+    """Working memory of one thread, allocated once; no size in it depends on the vocabulary.
 
-    `tasks`: starts and counts, int64, of the runs of tokens that attend together (engine.kernels.attention).
+    Attributes:
+        fields: (WORK_FIELDS,) int64, the addresses by which kernels know it (engine.kernels.product).
+        clock: (CLOCKS,) int64, ticks spent on each item.
+        nbytes: bytes allocated.
     """
 
-    first: int
-    last: int
-    n_tokens: int  # of the whole batch
-    scratch: Scratch
-    tasks: tuple[NDArray[np.int64], NDArray[np.int64]] = (_NONE, _NONE)
+    def __init__(self, depths: Sequence[int], head_width: int) -> None:
+        self.clock = np.zeros(CLOCKS, np.int64)
+        floats = _work_floats(depths, head_width)
+        arrays: dict[int, NDArray[Any]] = {SUMS: np.zeros(NR, np.float64), CLOCK: self.clock}
+        arrays |= {field: aligned(size) for field, size in floats.items()}
+        self._arrays = [arrays[field] for field in range(WORK_FIELDS)]
+        self.fields = np.array([array.ctypes.data for array in self._arrays], np.int64)
+        self.nbytes = work_bytes(depths, head_width)
 
 
-def project(weight: Matrix, x: NDArray[np.float32], out: NDArray[np.float32], part: Part) -> None:
-    """out = weight x + bias for the panels of `part`: decoded and packed a group of rows at a time."""
-    step = group_rows(weight.columns)
-    for row in range(0, weight.rows, step):
-        count = min(step, weight.rows - row)
-        packed = weight.packed(row, count, part.scratch)
-        multiply(packed, count, x, row, part.first, part.last, part.n_tokens, out)
-    add_bias(out, weight.bias, part.first, part.last)
+def work_bytes(depths: Sequence[int], head_width: int) -> int:
+    """Bytes that a `Work` of these arguments allocates."""
+    return 4 * sum(_work_floats(depths, head_width).values()) + 8 * (NR + CLOCKS)
 
 
-def project_swiglu(
-    gate: Matrix, up: Matrix, x: NDArray[np.float32], out: NDArray[np.float32], part: Part
-) -> None:
-    """out = silu(gate x) * (up x) for the panels of `part`."""
-    step = group_rows(gate.columns)
-    for row in range(0, gate.rows, step):
-        count = min(step, gate.rows - row)
-        gates, ups = gate.packed(row, count, part.scratch, 0), up.packed(row, count, part.scratch, 1)
-        scratch = part.scratch.product
-        multiply_swiglu(gates, ups, count, x, row, part.first, part.last, part.n_tokens, scratch, out)
+def _work_floats(depths: Sequence[int], head_width: int) -> dict[int, int]:
+    """Sizes of a work's float32 arrays, by field."""
+    packs = STRIP * max(max(group_strips(d), HEAD_ROWS // STRIP, FEW_STRIPS) * d for d in depths)
+    padded = -(-head_width // MR) * MR
+    return {
+        SPARE: STRIP * max(depths),
+        PACKS: packs,
+        MORE_PACKS: packs,
+        PRODUCT: NR * max(HEAD_ROWS, *(group_strips(d) * STRIP for d in depths)),
+        FEW_X: FEW * max(*depths, BLOCK),
+        FEW_OUT: FEW * max(FEW_STRIPS * STRIP, padded),
+        QUERY: head_width * NR,
+        BLOCK_KEYS: BLOCK * head_width,
+        BLOCK_VALUES: BLOCK * padded,
+        SCORES: BLOCK * NR,
+        ACC: padded * NR,
+        RUNNING: 4 * NR,
+    }
 
 
 class Crew:
-    """The threads of one model: each takes its share of a batch's panels through a stage; all meet at its
-    end.
+    """The threads of one model: each takes its share of a batch through a kernel; all meet at its end.
 
-    Kernels release the GIL, so plain threads run at once; a stage is a whole half layer, so the meeting is
-    cheap.
+    Kernels release the GIL, so plain threads run at once.
     """
 
-    def __init__(self, threads: int, make_scratch: Callable[[], Scratch]) -> None:
-        self.scratches = [make_scratch() for _ in range(threads)]
+    def __init__(self, threads: int, make_work: Callable[[], Work]) -> None:
+        self.works = [make_work() for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine") if threads > 1 else None
 
-    def parts(self, n_tokens: int) -> list[Part]:
-        """Shares of ceil(n_tokens / NR) panels, as even as whole panels allow."""
-        n_panels = -(-n_tokens // NR)
-        count = min(len(self.scratches), n_panels)
-        borders = [n_panels * i // count for i in range(count + 1)]
-        return [Part(borders[i], borders[i + 1], n_tokens, self.scratches[i]) for i in range(count)]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of working memory."""
+        return sum(work.nbytes for work in self.works)
 
-    def run(self, stage: Callable[..., None], parts: Sequence[Part], *arguments: Any) -> None:
-        """stage(part, *arguments) for every part; returns when all are done, raises what one raised."""
-        if self._pool is None or len(parts) == 1:
-            for part in parts:
-                stage(part, *arguments)
+    def shares(self, n_tokens: int) -> list[Share]:
+        """What each thread does of a batch of so many tokens."""
+        threads, n_panels = len(self.works), -(-n_tokens // NR)
+        by_rows = threads > 1 and n_panels < _PANELS_OF_A_THREAD * threads
+        borders = [n_panels * i // threads for i in range(threads + 1)]
+        return [
+            Share(i, threads, by_rows, borders[i], borders[i + 1], n_panels, n_tokens) for i in range(threads)
+        ]
+
+    def run(self, call: Callable[[Share, Fields], object], shares: Sequence[Share]) -> None:
+        """call(share, fields of the thread's work) for every share, each in a thread; returns when all are
+        done."""
+        pairs = [(share, work.fields) for share, work in zip(shares, self.works, strict=True)]
+        if self._pool is None:
+            call(*pairs[0])
         else:
-            for future in [self._pool.submit(stage, part, *arguments) for part in parts]:
+            for future in [self._pool.submit(call, *pair) for pair in pairs]:
                 future.result()
+
+
+def tasks(slots: NDArray[np.int32], share: Share) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Runs of at most NR neighbouring tokens of one slot in a thread's share: (starts, counts)."""
+    first, last = (0, slots.size) if share.by_rows else (share.first * NR, min(share.last * NR, slots.size))
+    starts, counts = [], []
+    if first < last:
+        borders = np.flatnonzero(np.diff(slots[first:last])) + first + 1
+        for begin, end in zip([first, *borders.tolist()], [*borders.tolist(), last], strict=True):
+            for start in range(begin, end, NR):
+                starts.append(start)
+                counts.append(min(NR, end - start))
+    return np.array(starts, np.int64), np.array(counts, np.int64)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 JOBS = {
     "perplexity": "perplexity of a GGUF model over a text, with its errors, or of a grid of them",
+    "throughput": "tokens/s of a GGUF model, beside the machine's limits and beside other engines",
     "results": "what all runs so far came to, chosen, sorted, as a table, CSV, Markdown or JSON",
+    "convert": "a Hugging Face checkpoint (Mamba, Mamba-2, FalconMamba, LLaMA's family) as a GGUF file",
 }
 
 HELP = """\
@@ -39,6 +41,7 @@ pagemill --version
 pagemill perplexity experiment=demo
 pagemill perplexity model.path=FILE.gguf data.path=TEXT.txt protocol.limit=8
 pagemill perplexity 'sweep={{model.path:[a.gguf,b.gguf],protocol.window:[512,2048]}}' data=pydoc sort=ppl
+pagemill throughput model.path=FILE.gguf peer=[llama_cpp]
 pagemill results results.sort=ppl results.format=csv
 
 Paths are written as the shell gives them; spaces, commas and = need no quotes of Hydra's.

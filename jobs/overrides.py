@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-PATH_ENDINGS = ("path", "dir", "out")
+PATH_ENDINGS = ("path", "dir", "out", "tokenizer")
 LITERAL_KEYS = ("tracking.uri", "results.where")
 """Not paths, but texts from outside as well; `~` stays."""
 OPEN_KEYS = ("sweep", "results.filter")
@@ -51,7 +51,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def is_path_key(key: str) -> bool:
-    """Whether the value is a path: `*.path`, `*.dir`, `*.out`, all of `paths`; never Hydra's own keys."""
+    """Whether the value is a path: by its last part, or all of `paths`; never Hydra's own keys."""
     head, _, last = key.lstrip("+").rpartition(".")
     return bool(head) and not key.startswith("hydra") and (last in PATH_ENDINGS or head == "paths")
 

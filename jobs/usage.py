@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def text(job: str) -> str:
 def _groups(root: Path, defaults: dict[str, str]) -> str:
     lines = ["Choices, GROUP=NAME; * is the default"]
     for group, options in schema.groups().items():
+        if group not in defaults:
+            continue
         lines.append(f"  {group}")
         for option in options:
             star = "*" if defaults.get(group) == option else " "
@@ -86,7 +89,7 @@ def _default(settings: type, key: str) -> Any:
     field = next(field for field in dataclasses.fields(settings) if field.name == head)
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
-        return _default(type(value), rest) if rest else value
+        return attrgetter(rest)(value) if rest else value
     return field.default
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeline import provenance, store
+from pipeline import capacity, provenance, store
 from pipeline.datasets import Text, load_text
 from pipeline.errors import ModelError, RefusedError, StoreError
 from pipeline.settings import PerplexitySettings
@@ -24,6 +24,8 @@ from pipeline.worker import WorkerSpec
 
 if TYPE_CHECKING:
     import engine
+
+_UNSUPPORTED = "use a model of a supported architecture, quantization and tokenizer"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class Preflight:
         """
         warnings = settings.validate()
         s = settings.resolved()
+        if s.cluster.kind != "ray":  # whose workers run where the CPUs are
+            by_worker = settings.cluster.threads_per_worker is not None
+            capacity.check_threads(
+                s.engine.threads, "cluster.threads_per_worker" if by_worker else "engine.threads"
+            )
         results, cache = Path(s.paths.results), Path(s.paths.cache)
         self._probe(results, "paths.results")
         self._probe(cache, "paths.cache")
@@ -97,7 +104,7 @@ class Preflight:
             **protocol.measure(stream.tokens.size),
         }
         warnings += text.remarks + protocol.remarks
-        subject = provenance.subject_of(_digest(s.model.path, cache), s.engine.kv)
+        subject = provenance.subject_of(model_digest(s.model.path, cache), s.engine.kv)
         run_key = provenance.run_key(measure, subject)
         folder = store.windows_folder(results, run_key)
         wanted: dict[str, Any] = {
@@ -116,6 +123,7 @@ class Preflight:
             )
         shards = plan(n_windows, per_shard)
         finished = store.finished_shards(folder, shards, run_key)
+        capacity.check_run(file, s, per_shard, len(shards) - len(finished.paths))
         spec = WorkerSpec(
             run_key=run_key,
             model_path=s.model.path,
@@ -180,8 +188,12 @@ class Preflight:
         return file, tokenizer
 
 
-def _open_model(path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
-    """The mapped file and its tokenizer, both known to be supported."""
+def open_model(path: str) -> engine.GGUFFile:
+    """The mapped file, known to be of an architecture and of types that the engine runs.
+
+    Raises:
+        ModelError: `kind` is the engine's error.
+    """
     import engine
 
     try:
@@ -193,12 +205,22 @@ def _open_model(path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
         raise ModelError(f"{path}: {error.strerror or error}", hint, kind=type(error).__name__) from error
     try:
         engine.check_supported(file)
+    except engine.EngineError as error:
+        file.close()
+        raise _refused(path, error, _UNSUPPORTED) from error
+    return file
+
+
+def _open_model(path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
+    """The mapped file and its tokenizer, both known to be supported."""
+    import engine
+
+    file = open_model(path)
+    try:
         tokenizer = engine.Tokenizer(file)
     except engine.EngineError as error:
         file.close()
-        raise _refused(
-            path, error, "use a model of a supported architecture, quantization and tokenizer"
-        ) from error
+        raise _refused(path, error, _UNSUPPORTED) from error
     if tokenizer.add_eos or (tokenizer.add_bos and tokenizer.bos_id is None):
         file.close()
         raise ModelError(
@@ -213,7 +235,8 @@ def _refused(path: str, error: Exception, hint: str) -> ModelError:
     return ModelError(message, hint, kind=type(error).__name__)
 
 
-def _digest(path: str, cache: Path) -> str:
+def model_digest(path: str, cache: Path) -> str:
+    """SHA-256 of a model that is open, kept in `cache`; ModelError when the file cannot be read."""
     try:
         return provenance.model_sha256(Path(path), cache)
     except OSError as error:

@@ -22,20 +22,28 @@ from typing import Any
 from pipeline.errors import SettingsError, StorageFailure, StoreError
 from pipeline.settings import PathsSettings, absolute, nearest
 
-TABLES = {"runs": "run-*.parquet", "windows": "shard-*.parquet"}
+TABLES = {"runs": "run-*.parquet", "windows": "shard-*.parquet", "throughput": "run-*.parquet"}
 FORMATS = ("table", "csv", "markdown", "json")
 COLUMNS = (
     "finished_at", "model", "data_name", "protocol", "protocol_window", "n_windows",
     "ppl", "ppl_stderr_clustered", "bits_per_byte", "tok_per_s", "ok", "run_key",
 )  # fmt: skip
 """Shown of a run unless others are asked for; `model` is the last part of `model_path`."""
+SPEEDS = (
+    "measured_at", "model", "type", "engine", "test", "threads", "tok_per_s", "p10", "p90", "n", "fma_share",
+    "read_share", "run_key",
+)  # fmt: skip
+"""The same of a benchmark's row."""
 
+_USUAL = {"runs": COLUMNS, "throughput": SPEEDS}
 _VERSION = "v1"
 _CHOSEN = {  # times as UTC without a zone: DuckDB's zones are an extension that it would download
     "runs": "* replace (make_timestamp(epoch_us(finished_at::timestamptz)) as finished_at), "
     "parse_filename(model_path, true) as model",
     "windows": "*",
+    "throughput": "* replace (make_timestamp(epoch_us(measured_at::timestamptz)) as measured_at)",
 }
+_IN_ORDER = {"runs": [], "windows": ['"window"'], "throughput": ["measured_at desc"]}  # of one run
 
 
 @dataclass
@@ -43,7 +51,7 @@ class Selection:
     """Which rows and columns, in which order and form.
 
     Attributes:
-        table: runs or windows.
+        table: runs, windows or throughput.
         filter: column -> value, list of values, or text with `*` for any characters.
         where: an SQL condition on the columns.
         latest: of several rows of one run, the last complete one only.
@@ -176,7 +184,7 @@ class Store:
             SettingsError: a column that is not there, or a condition that DuckDB cannot read.
         """
         known = [row["column_name"] for row in self.rows(f"describe {self._table}", {})]
-        usual = [name for name in COLUMNS if name in known] if self._table == "runs" else known
+        usual = [name for name in _USUAL.get(self._table, known) if name in known]
         columns = known if s.columns == ["*"] else list(s.columns) or usual
         sort = (s.sort or "").lstrip("-+")
         if self._table != "runs" and s.sort == Selection.sort:
@@ -194,7 +202,7 @@ class Store:
                 " qualify row_number() over (partition by run_key order by ok desc, finished_at desc) = 1"
             )
         order = [f'"{sort}" {"desc" if str(s.sort).startswith("-") else "asc"} nulls last'] if sort else []
-        order += ["run_key"] if self._table == "runs" else ["run_key", '"window"']
+        order += ["run_key", *_IN_ORDER[self._table]]
         shown = ", ".join(f'"{name}"' for name in columns)
         limit = "" if s.limit is None else f" limit {s.limit}"
         try:

@@ -28,6 +28,7 @@ LOAD_MODES = ("mmap", "populate", "mlock", "copy", "prefetch")
 CLUSTER_KINDS = ("inline", "local", "ray")
 TRACKING_KINDS = ("none", "local", "server")
 ON_BAD_POINT = ("refuse", "skip")
+CONVERT_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 PYTHON_SOURCE = "python:"
 """A data path that starts so names a text inside an installed Python package, not a file."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
@@ -157,6 +158,62 @@ class PerplexitySettings:
             engine=replace(self.engine, threads=threads),
             cluster=replace(self.cluster, threads_per_worker=threads),
             paths=replace(self.paths, results=absolute(self.paths.results), cache=absolute(self.paths.cache)),
+        )
+
+
+@dataclass
+class SourceSettings:
+    """A Hugging Face checkpoint's folder."""
+
+    dir: str = MISSING
+
+
+@dataclass
+class ConvertChoices:
+    """What becomes of a checkpoint; `tokenizer` is a file or folder in place of the checkpoint's own."""
+
+    type: str = "f16"
+    out: str = MISSING
+    tokenizer: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class ConvertSettings:
+    """Everything the convert job can be told."""
+
+    source: SourceSettings = field(default_factory=SourceSettings)
+    convert: ConvertChoices = field(default_factory=ConvertChoices)
+    paths: PathsSettings = field(default_factory=PathsSettings)
+    dry_run: bool = False
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            SettingsError: the type is not known, or a path is empty.
+        """
+        if self.convert.type.lower() not in CONVERT_TYPES:
+            raise SettingsError(
+                f"convert.type={self.convert.type} is not known{nearest(self.convert.type, CONVERT_TYPES)}",
+                "choose one of these",
+            )
+        for key, value in (("source.dir", self.source.dir), ("convert.out", self.convert.out)):
+            if not value.strip() or value == MISSING:
+                raise SettingsError(f"{key} is not set", f"give {key}=PATH")
+
+    def resolved(self) -> ConvertSettings:
+        """A copy with `~` expanded and paths absolute."""
+        own = self.convert.tokenizer
+        return replace(
+            self,
+            source=replace(self.source, dir=absolute(self.source.dir)),
+            convert=replace(
+                self.convert,
+                type=self.convert.type.lower(),
+                out=absolute(self.convert.out),
+                tokenizer=None if own is None else absolute(own),
+            ),
         )
 
 

@@ -3,6 +3,7 @@
     <results>/v1/table=windows/run_key=<16 hex>/plan.json       written at the first start, then only read
                                                /shard-<first window>.parquet
                 /table=runs/run_key=<16 hex>/run-<UTC time>.parquet
+                /table=throughput/run_key=<16 hex>/run-<UTC time>.parquet
 
 A file is written under a name that begins with a dot, flushed to the disk, and linked to its own name:
 whoever links first wins, the other's copy is dropped, and what is published never changes. So a finished
@@ -53,6 +54,11 @@ def windows_folder(results: Path, run_key: str) -> Path:
 def runs_folder(results: Path, run_key: str) -> Path:
     """Folder of the rows that tell of a run's invocations."""
     return results / f"v{SCHEMA_VERSION}" / "table=runs" / f"run_key={run_key}"
+
+
+def throughput_folder(results: Path, run_key: str) -> Path:
+    """Folder of a benchmark's rows."""
+    return results / f"v{SCHEMA_VERSION}" / "table=throughput" / f"run_key={run_key}"
 
 
 def probe(folder: Path, key: str) -> None:

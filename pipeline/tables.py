@@ -1,6 +1,6 @@
 """Arrow schemas of the result tables, written down: a unit or meaning in each field's metadata.
 
-Both tables live in hive folders `run_key=<16 hex>`; the key is the folder's name and stands in each file's
+The tables live in hive folders `run_key=<16 hex>`; the key is the folder's name and stands in each file's
 metadata, not in a column, because a reader of hive folders adds that column itself. Columns may be added,
 nullable; anything else is another `SCHEMA_VERSION` and another `v<n>/` folder.
 """
@@ -100,6 +100,56 @@ _RUNS = {
     "settings": (pa.string(), "JSON, resolved"),
 }
 
+_THROUGHPUT = {
+    "engine": (pa.string(), "pagemill, or a peer"),
+    "engine_version": (pa.string(), "version of the engine"),
+    "kind": (pa.string(), "perplexity, prompt, generate or batched"),
+    "test": (pa.string(), "the test as llama-bench would call it"),
+    "type": (pa.string(), "weight type of the model file"),
+    "n_prompt": (pa.int64(), "tokens of a sequence's prompt, or of a window"),
+    "n_generate": (pa.int64(), "tokens generated for each sequence"),
+    "n_seqs": (pa.int64(), "sequences side by side, or windows"),
+    "threads": (pa.int64(), "threads of the engine"),
+    "tok_per_s": (pa.float64(), "tokens per second, median of the rounds"),
+    "p10": (pa.float64(), "tokens per second, tenth percentile"),
+    "p90": (pa.float64(), "tokens per second, ninetieth percentile"),
+    "n": (pa.int64(), "rounds"),
+    "tok_per_s_mean": (pa.float64(), "tokens per second"),
+    "tok_per_s_stdev": (pa.float64(), "tokens per second, standard deviation of the rounds"),
+    "samples": (pa.list_(pa.float64()), "tokens per second of each round"),
+    "flop_per_token": (pa.float64(), "operations, counted from the model's shapes"),
+    "fma_gflops": (pa.float64(), "GFLOP/s, ceiling of float32 multiply-adds between the rounds"),
+    "fma_share": (pa.float64(), "of that ceiling"),
+    "read_bytes_per_token": (pa.float64(), "bytes of weights"),
+    "read_gb_per_s": (pa.float64(), "GB/s, bandwidth of reading memory between the rounds"),
+    "read_share": (pa.float64(), "of that bandwidth"),
+    "kv_type": (pa.string(), "number type of the key/value cache"),
+    "activation_type": (pa.string(), "number type of the activations; null: the engine's own business"),
+    "options": (pa.string(), "JSON, settings of the engine"),
+    "tried": (pa.string(), "JSON, settings tried and their tokens per second"),
+    "engine_features": (pa.string(), "CPU features that the engine says it uses"),
+    "load_s": (pa.float64(), "seconds to open the model"),
+    "ready_s": (pa.float64(), "seconds from the start of opening to the first likelihoods"),
+    "model_pss_bytes": (pa.int64(), "bytes, proportional set size of the model's mapping"),
+    "anonymous_bytes": (pa.int64(), "bytes of the engine's process that no file backs"),
+    "model": (pa.string(), "name of the model file"),
+    "model_path": (pa.string(), "path"),
+    "model_sha256": (pa.string(), "SHA-256 of the model file"),
+    "model_bytes": (pa.int64(), "bytes of the model file"),
+    "measured_at": (pa.timestamp("ns", tz="UTC"), "UTC"),
+    "measure_key": (pa.string(), "16 hex digits of the measure"),
+    "ok": (pa.bool_(), "all engines finished all tests of the command"),
+    "case": (pa.string(), "what the machine has for products of bytes: amx, vnni, or f32 for neither"),
+    "cpu": (pa.string(), "processor"),
+    "features": (pa.list_(pa.string()), "vector features of the processor"),
+    "host": (pa.string(), "host name"),
+    "version": (pa.string(), "version of pagemill"),
+    "numerics": (pa.int64(), "engine.NUMERICS"),
+    "git_sha": (pa.string(), "commit of the checkout"),
+    "versions": (pa.string(), "JSON"),
+    "settings": (pa.string(), "JSON, resolved"),
+}
+
 
 def _schema(*groups: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
     fields = [
@@ -115,6 +165,9 @@ WINDOWS_SCHEMA = _schema(_WINDOWS, _IDENTITY, _MACHINE)
 
 RUNS_SCHEMA = _schema(_RUNS, _IDENTITY, _MACHINE)
 """`table=runs`: a row per invocation that ended, complete or not."""
+
+THROUGHPUT_SCHEMA = _schema(_THROUGHPUT)
+"""`table=throughput`: a row per engine, model and test of a benchmark."""
 
 
 def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -119,6 +119,7 @@ def install(monkeypatch):
         "open": FakeFile,
         "Tokenizer": FakeTokenizer,
         "check_supported": _check_supported,
+        "footprint": lambda file, *, batch_tokens, n_slots, **_: 1000 * batch_tokens + n_slots,
         "warm_up": lambda file: 0.0,
         "load_model": lambda file, *, threads=1, batch_tokens=4096: FakeModel(batch_tokens),
     }

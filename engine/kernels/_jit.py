@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba import types
 from numba.core import event
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
@@ -63,6 +64,14 @@ def kernel(function: Callable[..., Any]) -> Any:
     ours = ENGINE in Path(function.__code__.co_filename).resolve().parents
     if ours and cache_dir() is not None and not numba.config.DISABLE_JIT:
         dispatcher._cache = _Cache(dispatcher.py_func)
+    template_of = dispatcher.get_call_template
+
+    def template_of_plain(
+        arguments, keywords
+    ):  # a constant argument would be a type, and a compilation, of its own
+        return template_of([types.unliteral(argument) for argument in arguments], keywords)
+
+    dispatcher.get_call_template = template_of_plain
     return dispatcher
 
 

@@ -11,70 +11,113 @@ import numpy as np
 
 from engine.kernels._jit import kernel
 from engine.kernels.maths import exp64, log64
-from engine.kernels.matmul import _panel_product, _vectors
-from engine.kernels.tile import NR
+from engine.kernels.native import address, doubles_at, floats_at, ticks
+from engine.kernels.product import (
+    COLUMNS,
+    FEW_STRIPS,
+    HEAD,
+    MULTIPLY,
+    PACKS,
+    PRODUCT,
+    ROWS,
+    SUMS,
+    few_product,
+    gather_few,
+    lanes_used,
+    own_panels,
+    own_part,
+    panel_product,
+    spend,
+    unpack,
+)
+from engine.kernels.tile import FEW, LANES, NR, STRIP
 
-HEAD_ROWS = 128  # part of the bits
+HEAD_ROWS = 128  # part of the bits; whole strips
 
-_LOWEST = np.float32(-3.0e38)
+_LOWEST = np.float64(-3.0e38)
 
 
 @kernel
-def gather_columns(x, tokens, width, out):
-    """out[i // NR, d, i % NR] = x[t // NR, d, t % NR] for t = tokens[i]: float32 panels, (n,) int64."""
-    for i in range(tokens.size):
-        t = tokens[i]
-        for d in range(width):
-            out[i // NR, d, i % NR] = x[t // NR, d, t % NR]
+def score(m, x, share, targets, work, top, total, out):
+    """out[i] = log(sum over the vocabulary of exp(logits)) - logit of targets[i], for this thread's panels.
 
-
-@kernel
-def score_block(packed, n_rows, x, row0, first, last, n_tokens, targets, logits, largest, top, total, hit):
-    """Folds vocabulary rows [row0, row0 + n_rows) into the running log-sum-exp of panels first <= p < last.
-
-    packed: (HEAD_ROWS / MR, D, MR); x: (P, >= D, NR) float32; targets: (T,) int32 token ids;
-    logits: (HEAD_ROWS, NR) float32 and largest: (NR,) float64 scratch; top, total, hit: (P, NR) float64
-    state: running maximum, sum of exp(logit - top), and the target's logit.
+    m: (FIELDS,) int64, the head; x: (P, >= D, NR) float32; targets: (T,) int32; top, total: (P, NR) float64
+    scratch; out: (T,) float64, nats.
     """
-    depth = packed.shape[1]
-    for p in range(first, last):
-        source = x.ctypes.data + p * x.shape[1] * NR * 4
-        _panel_product(packed, n_rows, depth, source, logits.ctypes.data, _vectors(n_tokens, p))
+    depth, n_tokens = m[COLUMNS], share.n_tokens
+    logits, largest = floats_at(work[PRODUCT], HEAD_ROWS * NR), doubles_at(work[SUMS], NR)
+    for p in range(share.first, share.last):
         for t in range(NR):
-            largest[t] = top[p, t]
-        for r in range(n_rows):
-            for t in range(NR):
-                largest[t] = max(largest[t], np.float64(logits[r, t]))
-        for t in range(NR):
-            total[p, t] *= exp64(top[p, t] - largest[t])
-            top[p, t] = largest[t]
-            largest[t] = 0.0
-        for r in range(n_rows):
-            for t in range(NR):
-                largest[t] += exp64(np.float64(logits[r, t]) - top[p, t])
-        for t in range(NR):
-            total[p, t] += largest[t]
-        for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
-            r = targets[i] - row0
-            if 0 <= r < n_rows:
-                hit[p, i - p * NR] = logits[r, i - p * NR]
+            top[p, t], total[p, t] = _LOWEST, 0.0
+    for row0 in range(0, m[ROWS], HEAD_ROWS):
+        n_rows = min(HEAD_ROWS, m[ROWS] - row0)
+        n_strips = (n_rows + STRIP - 1) // STRIP
+        unpack(m, row0 // STRIP, n_strips, work, work[PACKS])
+        for p in range(share.first, share.last):
+            began = ticks()
+            lanes = lanes_used(n_tokens, p)
+            source = address(x) + p * x.shape[1] * NR * 4
+            panel_product(work[PACKS], n_strips, depth, source, work[PRODUCT], lanes // LANES)
+            began = spend(work, MULTIPLY, began)
+            _fold(logits, n_rows, lanes, largest, top[p], total[p])
+            for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
+                r = targets[i] - row0
+                if 0 <= r < n_rows:
+                    out[i] = logits[r * NR + i - p * NR]
+            spend(work, HEAD, began)
+    for i in range(share.first * NR, min(n_tokens, share.last * NR)):
+        out[i] = log64(total[i // NR, i % NR]) + top[i // NR, i % NR] - out[i]
 
 
 @kernel
-def negative_log_likelihoods(top, total, hit, out):
-    """out[i] = log(sum of exp(logits)) - target's logit, float64 (n,), from the state of `score_block`."""
-    for i in range(out.size):
-        p, t = i // NR, i % NR
-        out[i] = log64(total[p, t]) + top[p, t] - hit[p, t]
+def _fold(logits, n_rows, lanes, largest, top, total):
+    """Folds a block of logits (n_rows * NR,) into the running maximum and sum of exp(logit - maximum)."""
+    for t in range(lanes):
+        largest[t] = top[t]
+    for r in range(n_rows):
+        for v in range(0, lanes, LANES):
+            for t in range(v, v + LANES):
+                largest[t] = max(largest[t], np.float64(logits[r * NR + t]))
+    for t in range(lanes):
+        total[t] *= exp64(top[t] - largest[t])
+        top[t] = largest[t]
+        largest[t] = 0.0
+    for r in range(n_rows):
+        for v in range(0, lanes, LANES):
+            for t in range(v, v + LANES):
+                largest[t] += exp64(np.float64(logits[r * NR + t]) - top[t])
+    for t in range(lanes):
+        total[t] += largest[t]
 
 
 @kernel
-def logits_block(packed, n_rows, x, row0, first, last, n_tokens, logits, out):
-    """out[i, row0 + r] = logit of vocabulary row row0 + r for token i; the same products as `score_block`."""
-    depth = packed.shape[1]
-    for p in range(first, last):
-        source = x.ctypes.data + p * x.shape[1] * NR * 4
-        _panel_product(packed, n_rows, depth, source, logits.ctypes.data, _vectors(n_tokens, p))
-        for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
-            for r in range(n_rows):
-                out[i, row0 + r] = logits[r, i - p * NR]
+def write_logits(m, x, share, work, out):
+    """out[i, row] = logit of vocabulary row `row` for token i, for this thread's share: float32 (T, V)."""
+    depth, n_tokens = m[COLUMNS], share.n_tokens
+    first, last = own_part((m[ROWS] + STRIP - 1) // STRIP, share)
+    p0, p1 = own_panels(share)
+    is_few = n_tokens <= FEW
+    if is_few:
+        gather_few(x, depth, n_tokens, work)
+    step = FEW_STRIPS if is_few else HEAD_ROWS // STRIP
+    product = floats_at(work[PRODUCT], HEAD_ROWS * NR)
+    for s in range(first, last, step):
+        n_strips, row0 = min(step, last - s), s * STRIP
+        n_rows = min(n_strips * STRIP, m[ROWS] - row0)
+        unpack(m, s, n_strips, work, work[PACKS])
+        began = ticks()
+        if is_few:
+            few = few_product(work[PACKS], n_strips, depth, n_tokens, work)
+            for i in range(n_tokens):
+                for r in range(n_rows):
+                    out[i, row0 + r] = few[i * n_strips * STRIP + r]
+        else:
+            for p in range(p0, p1):
+                source = address(x) + p * x.shape[1] * NR * 4
+                panel_product(
+                    work[PACKS], n_strips, depth, source, work[PRODUCT], lanes_used(n_tokens, p) // LANES
+                )
+                for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
+                    for r in range(n_rows):
+                        out[i, row0 + r] = product[r * NR + i - p * NR]
+        spend(work, MULTIPLY, began)

@@ -11,8 +11,9 @@ import numpy as np
 
 from engine.kernels._jit import kernel
 from engine.kernels.maths import exp64, log64, sincos64
+from engine.kernels.product import lanes_used
 from engine.kernels.simd import fma
-from engine.kernels.tile import NR
+from engine.kernels.tile import LANES, NR
 
 _TURN = 2.0 * np.pi
 
@@ -63,19 +64,22 @@ def rope_table(positions, frequencies, magnitude, cos, sin):
 
 
 @kernel
-def rotate(x, n_heads, head_width, halves, cos, sin, first, last):
-    """Rotates the first 2 * half features of every head in place; x: (P, H * head_width, NR) float32.
+def rotate(x, head0, head1, head_width, halves, cos, sin, first, last, n_tokens):
+    """Rotates the first 2 * half features of heads head0 <= h < head1 in place, for panels first <= p < last.
 
-    Pairs are (i, i + half) where `halves`, else (2i, 2i + 1).
+    x: (P, H * head_width, NR) float32; cos, sin: (P, half, NR). Pairs are (i, i + half)
+    where `halves`, else (2i, 2i + 1).
     """
     half = cos.shape[1]
     step, apart = (1, half) if halves else (2, 1)
     for p in range(first, last):
-        for h in range(n_heads):
+        lanes = lanes_used(n_tokens, p)
+        for h in range(head0, head1):
             for i in range(half):
                 row = h * head_width + step * i
                 other = row + apart
-                for t in range(NR):
-                    a, b, c, s = x[p, row, t], x[p, other, t], cos[p, i, t], sin[p, i, t]
-                    x[p, row, t] = fma(a, c, -(b * s))
-                    x[p, other, t] = fma(a, s, b * c)
+                for v in range(0, lanes, LANES):
+                    for t in range(v, v + LANES):
+                        a, b, c, s = x[p, row, t], x[p, other, t], cos[p, i, t], sin[p, i, t]
+                        x[p, row, t] = fma(a, c, -(b * s))
+                        x[p, other, t] = fma(a, s, b * c)

@@ -132,7 +132,7 @@ def _float32_run(array, start, count, scratch):
             flat = array.reshape(array.size)
             for i in range(count):
                 scratch[i] = half_to_f32(flat[start + i])
-            return scratch.ctypes.data
+            return np.intp(scratch.ctypes.data)
 
         return widened
-    return lambda array, start, count, scratch: array.ctypes.data + start * 4
+    return lambda array, start, count, scratch: np.intp(array.ctypes.data) + start * 4

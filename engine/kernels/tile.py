@@ -16,6 +16,9 @@ hardware or in software.
 
 Shapes: with AVX-512 8 x (3 x 16) uses 24 accumulators of 32 registers; AVX2 has 16 registers of 8 lanes,
 hence 4 x (3 x 8). A CPU without either runs the AVX2 shape as LLVM splits it: slow, same bits.
+
+A few tokens leave those lanes empty. `few_tile` is the same product with the sides changed: up to FEW rows of
+A are tokens (or query heads), and the lanes run over STRIP weight rows (or keys, or features of values).
 """
 
 from __future__ import annotations
@@ -32,23 +35,25 @@ LANES = 16 if "avx512f" in cpu_features() else 8
 MR = LANES // 2
 NV = 3
 NR = NV * LANES  # tokens of a panel
+STRIP = 16  # weight rows, or keys, that lie side by side: lanes of `few_tile`; a multiple of MR
+FEW = 8  # most rows of `few_tile`
 
 
-def _tile_of(n_vectors: int):
-    """An intrinsic for a tile of MR rows by `n_vectors` vectors."""
+def _tile_of(n_rows: int, n_vectors: int, lanes: int):
+    """An intrinsic for a tile of `n_rows` by `n_vectors` vectors of `lanes`; the vectors of B lie `apart`."""
 
     @intrinsic
-    def tile(typingctx, a, lda, b, ldb, c, ldc, depth, resume):
-        signature = types.void(*[types.intp] * 8)
+    def tile(typingctx, a, lda, b, ldb, apart, c, ldc, depth, resume):
+        signature = types.void(*[types.intp] * 9)
 
         def codegen(context, builder, sig, args):
-            a_addr, a_stride, b_addr, b_stride, c_addr, c_stride, n, keep = args
+            a_addr, a_stride, b_addr, b_stride, step, c_addr, c_stride, n, keep = args
             f32, i32, i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-            vec = ir.VectorType(f32, LANES)
+            vec = ir.VectorType(f32, lanes)
             zero, undef = ir.Constant(vec, None), ir.Constant(vec, ir.Undefined)
-            splat = ir.Constant(ir.VectorType(i32, LANES), None)
+            splat = ir.Constant(ir.VectorType(i32, lanes), None)
             fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vec, [vec] * 3), f"llvm.fma.v{LANES}f32"
+                builder.module, ir.FunctionType(vec, [vec] * 3), f"llvm.fma.v{lanes}f32"
             )
             pa, pb, pc = (builder.inttoptr(x, f32.as_pointer()) for x in (a_addr, b_addr, c_addr))
 
@@ -63,8 +68,9 @@ def _tile_of(n_vectors: int):
                 value.align = 4  # mapped and packed floats need not lie on vector borders
                 return value
 
-            rows = [at(pc, builder.mul(c_stride, i64(r))) for r in range(MR)]
-            outs = [vector_at(at(row, v * LANES)) for row in rows for v in range(n_vectors)]
+            rows = [at(pc, builder.mul(c_stride, i64(r))) for r in range(n_rows)]
+            shifts = [builder.mul(step, i64(v)) for v in range(n_vectors)]
+            outs = [vector_at(at(row, v * lanes)) for row in rows for v in range(n_vectors)]
 
             before = builder.block
             resumed = builder.append_basic_block("resumed")
@@ -85,9 +91,9 @@ def _tile_of(n_vectors: int):
             for phi, start in zip(acc, carried, strict=True):
                 phi.add_incoming(zero, before)
                 phi.add_incoming(start, resumed)
-            columns = [load(vector_at(at(bk, v * LANES))) for v in range(n_vectors)]
+            columns = [load(vector_at(at(bk, shift))) for shift in shifts]
             new = []
-            for r in range(MR):
+            for r in range(n_rows):
                 lane = builder.insert_element(undef, load(at(ak, r)), i32(0))
                 row = builder.shuffle_vector(lane, undef, splat)
                 new += [
@@ -108,18 +114,64 @@ def _tile_of(n_vectors: int):
     return tile
 
 
-_tile1, _tile2, _tile3 = (_tile_of(n) for n in (1, 2, 3))
+_tile1, _tile2, _tile3 = (_tile_of(MR, n, LANES) for n in (1, 2, 3))
 
 
 @kernel
 def tile(a, lda, b, ldb, c, ldc, depth, resume, n_vectors):
     """C[MR, n_vectors * LANES] = (resume ? C : 0) + A B; addresses intp, strides in floats, depth >= 1."""
     if n_vectors == 3:
-        _tile3(a, lda, b, ldb, c, ldc, depth, resume)
+        _tile3(a, lda, b, ldb, LANES, c, ldc, depth, resume)
     elif n_vectors == 2:
-        _tile2(a, lda, b, ldb, c, ldc, depth, resume)
+        _tile2(a, lda, b, ldb, LANES, c, ldc, depth, resume)
     else:
-        _tile1(a, lda, b, ldb, c, ldc, depth, resume)
+        _tile1(a, lda, b, ldb, LANES, c, ldc, depth, resume)
+
+
+_few1, _few2, _few4, _few8 = (_tile_of(n, 1, STRIP) for n in (1, 2, 4, 8))
+_few1x4, _few2x4, _few4x2, _few8x2 = (_tile_of(n, v, STRIP) for n, v in ((1, 4), (2, 4), (4, 2), (8, 2)))
+_IS_WIDE = LANES == STRIP
+
+
+@kernel
+def few_rows(n):
+    """Rows of A and C that `few_tile` reads and writes for n tokens: 1, 2, 4 or 8."""
+    return n if n <= 2 else (4 if n <= 4 else FEW)
+
+
+@kernel
+def few_tile(n_rows, a, lda, b, ldb, apart, c, ldc, depth, resume, n_strips):
+    """C[n_rows, n_strips * STRIP] = (resume ? C : 0) + A B for n_rows of 1, 2, 4 or 8.
+
+    A: (depth, n_rows) scalars; B: row k of strip s at b + s * apart + k * ldb; strides in floats. A chain of
+    fused multiply-adds waits four cycles for each step, so that several strips go together; AVX2 has too few
+    registers for two of them with eight rows.
+    """
+    s = 0
+    while s < n_strips:
+        at, to, left = b + s * apart * 4, c + s * STRIP * 4, n_strips - s
+        if left >= 4 and n_rows <= 2:
+            if n_rows == 1:
+                _few1x4(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            else:
+                _few2x4(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            s += 4
+        elif left >= 2 and n_rows >= 4 and _IS_WIDE:
+            if n_rows == 4:
+                _few4x2(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            else:
+                _few8x2(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            s += 2
+        else:
+            if n_rows == 1:
+                _few1(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            elif n_rows == 2:
+                _few2(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            elif n_rows == 4:
+                _few4(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            else:
+                _few8(a, lda, at, ldb, apart, to, ldc, depth, resume)
+            s += 1
 
 
 @kernel

@@ -14,71 +14,65 @@ logit_scale. Scales cost no step: x is kept divided by residual_scale, so that i
 epsilon, and logit_scale is part of output_norm.
 
 Sources: Touvron et al. 2023, arXiv:2302.13971; GGUF's tensor names. Activations are panels
-(engine.kernels.matmul); each projection leaves its result in `normed`, and the next norm adds it to the
-residual `x` on the way.
+(engine.kernels.product); each projection leaves its result in `normed`, and the next norm adds it to the
+residual `x` on the way. The layers themselves are one kernel, engine.kernels.llama_layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CapacityError, UnsupportedModel
 from engine.hparams import LlamaParams, Rope, llama_params
-from engine.kernels.attention import attend, store_keys_values
-from engine.kernels.heads import norm_heads
-from engine.kernels.logprob import (
-    HEAD_ROWS,
-    gather_columns,
-    logits_block,
-    negative_log_likelihoods,
-    score_block,
-)
+from engine.kernels.llama_layers import Layers, Shape, Stream, run_layers
+from engine.kernels.logprob import score, write_logits
 from engine.kernels.norm import add_rms_norm
-from engine.kernels.panels import embed
-from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table, rotate
-from engine.kernels.tile import MR, NR
-from engine.state import KVCache
-from engine.weights import (
-    Crew,
-    Matrix,
-    Part,
-    Scratch,
-    matrix,
-    optional_vector,
-    project,
-    project_swiglu,
-    vector,
-)
+from engine.kernels.panels import embed, gather_columns
+from engine.kernels.product import Share
+from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table
+from engine.kernels.tile import NR, STRIP
+from engine.state import KVCache, Rotation, kv_bytes
+from engine.weights import Crew, Fields, Work, aligned, matrix, optional_vector, tasks, vector, work_bytes
 
 if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.gguf import GGUFFile
 
 
-class _Layer:
-    """Weights of one block."""
+class _Weights:
+    """Weights of all layers; owns the private copies of norms and biases."""
 
-    def __init__(self, file: GGUFFile, index: int, p: LlamaParams) -> None:
-        def named(name: str, rows: int, columns: int) -> Matrix:
-            return matrix(file, f"blk.{index}.{name}.weight", rows, columns)
+    def __init__(self, file: GGUFFile, p: LlamaParams) -> None:
+        q_width, kv_width = p.n_heads * p.head_width, p.n_kv_heads * p.head_width
+        shapes = {
+            "attn_q": (q_width, p.width), "attn_k": (kv_width, p.width), "attn_v": (kv_width, p.width),
+            "attn_output": (p.width, q_width), "ffn_gate": (p.ff_width, p.width),
+            "ffn_up": (p.ff_width, p.width), "ffn_down": (p.width, p.ff_width),
+        }  # fmt: skip
+        layers = range(p.n_layers)
+        find, every = vector if p.variant.head_norms else optional_vector, p.variant.unrotated_every
 
-        every, find = p.variant.unrotated_every, vector if p.variant.head_norms else optional_vector
-        self.is_rotated = every == 0 or (index + 1) % every != 0
-        self.q_norm = find(file, f"blk.{index}.attn_q_norm.weight", p.head_width)
-        self.k_norm = find(file, f"blk.{index}.attn_k_norm.weight", p.head_width)
-        self.attn_norm = vector(file, f"blk.{index}.attn_norm.weight", p.width)
-        self.ffn_norm = vector(file, f"blk.{index}.ffn_norm.weight", p.width)
-        self.q = named("attn_q", p.n_heads * p.head_width, p.width)
-        self.k = named("attn_k", p.n_kv_heads * p.head_width, p.width)
-        self.v = named("attn_v", p.n_kv_heads * p.head_width, p.width)
-        self.out = named("attn_output", p.width, p.n_heads * p.head_width)
-        self.gate = named("ffn_gate", p.ff_width, p.width)
-        self.up = named("ffn_up", p.ff_width, p.width)
-        self.down = named("ffn_down", p.width, p.ff_width)
+        def stacked(name: str, size: int, read: Callable[..., NDArray[np.float32]]) -> NDArray[np.float32]:
+            return np.stack([read(file, f"blk.{i}.{name}.weight", size) for i in layers])
+
+        attn_norm, ffn_norm = (stacked(name, p.width, vector) for name in ("attn_norm", "ffn_norm"))
+        q_norm, k_norm = (stacked(f"attn_{name}_norm", p.head_width, find) for name in "qk")
+        self._matrices = [
+            [matrix(file, f"blk.{i}.{name}.weight", *shape) for name, shape in shapes.items()] for i in layers
+        ]
+        self.layers = Layers(
+            matrices=np.stack([[m.fields for m in row] for row in self._matrices]),
+            attn_norm=attn_norm,
+            ffn_norm=ffn_norm,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            rotated=np.array([every == 0 or (i + 1) % every != 0 for i in layers], np.uint8),
+        )
 
 
 class Llama:
@@ -91,54 +85,50 @@ class Llama:
         self._embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
         tied = "output.weight" not in file.tensors
         self._head = self._embedding if tied else matrix(file, "output.weight", p.n_vocab, p.width)
-        self._layers = [_Layer(file, i, p) for i in range(p.n_layers)]
+        self._weights = _Weights(file, p)
         self._output_norm = vector(file, "output_norm.weight", p.width) / np.float32(p.logit_scale)
         self._embedding_scale = np.float32(p.embedding_scale / p.residual_scale)
         self._norm_eps = p.norm_eps / p.residual_scale / p.residual_scale
         self._frequencies, self._magnitude = _rotation(file, p.rope)
         _refuse_strangers(file, p)
 
-        depths = (p.width, p.n_heads * p.head_width, p.ff_width)
-        self._crew = Crew(threads, lambda: Scratch(depths, p.head_width))
-        n_panels = -(-batch_tokens // NR)
-
-        def panels(rows: int) -> NDArray[np.float32]:
-            return np.zeros((n_panels, -(-rows // MR) * MR, NR), np.float32)
-
-        self._x, self._normed = panels(p.width), panels(p.width)
-        self._q = panels(p.n_heads * p.head_width)
-        self._k, self._v = panels(p.n_kv_heads * p.head_width), panels(p.n_kv_heads * p.head_width)
-        self._ff = panels(max(p.ff_width, p.width))
-        self._cos, self._sin = (np.zeros((n_panels, p.rope.width // 2, NR), np.float32) for _ in range(2))
-        self._state = np.zeros((3, n_panels, NR), np.float64)  # of log-sum-exp: maximum, sum, target's logit
+        self._shape = Shape(
+            p.n_heads, p.n_kv_heads, p.head_width, p.rope.halves, np.float32(p.attention_scale),
+            self._norm_eps, p.norm_eps,
+        )  # fmt: skip
+        self._crew = Crew(threads, lambda: Work(_depths(p), p.head_width))
+        self._stream = Stream(*(aligned(*shape) for shape in _stream_shapes(p, batch_tokens)))
+        self._top, self._total = (np.zeros((len(self._stream.x), NR), np.float64) for _ in range(2))
 
     @property
     def nbytes(self) -> int:
         """Bytes of activations and scratch; the weights' pages belong to the mapping."""
-        own = (self._x, self._normed, self._q, self._k, self._v, self._ff, self._cos, self._sin, self._state)
-        return sum(a.nbytes for a in own) + sum(s.nbytes for s in self._crew.scratches)
+        return _own_bytes(self.params, len(self._crew.works), self.batch_tokens)
 
     def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> KVCache:
         """A cache of `n_slots` sequences of up to `capacity` positions; see KVCache."""
         p = self.params
-        return KVCache(n_slots, capacity, p.n_layers, p.n_kv_heads, p.head_width, kv, fleeting)
+        rotation = Rotation(self._frequencies, p.rope.halves, self._weights.layers.rotated)
+        return KVCache(n_slots, capacity, p.n_layers, p.n_kv_heads, p.head_width, kv, fleeting, rotation)
 
     def nll(self, batch: Batch, cache: KVCache) -> NDArray[np.float64]:
         """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,)."""
-        rows = np.flatnonzero(batch.targets >= 0)
-        targets = batch.targets[rows]
+        rows, targets = batch.scored, batch.wanted
+        if rows.size > self.batch_tokens:
+            raise CapacityError(
+                f"{rows.size} targets in a batch; the model was loaded for {self.batch_tokens}"
+            )
         if rows.size and targets.max() >= self.n_vocab:
             raise ValueError(f"target {targets.max()} of a vocabulary of {self.n_vocab}")
         self._forward(batch, cache)
-        if rows.size == 0:
-            return np.empty(0, np.float64)
-        self._gather(batch, rows)
-        top, total, hit = self._state
-        for array, start in ((top, -3.0e38), (total, 0.0), (hit, 0.0)):
-            array.fill(start)
-        self._crew.run(self._score, self._crew.parts(rows.size), targets)
         out = np.empty(rows.size, np.float64)
-        negative_log_likelihoods(top, total, hit, out)
+        if rows.size:
+            final, head = self._gathered(batch, rows), self._head.fields
+
+            def call(share: Share, work: Fields) -> None:
+                score(head, final, share, targets, work, self._top, self._total, out)
+
+            self._crew.run(call, self._crew.shares(rows.size))
         return out
 
     def logits(self, batch: Batch, cache: KVCache) -> NDArray[np.float32]:
@@ -147,9 +137,17 @@ class Llama:
         self._forward(batch, cache)
         out = np.empty((rows.size, self.n_vocab), np.float32)
         if rows.size:
-            self._gather(batch, rows)
-            self._crew.run(self._write_logits, self._crew.parts(rows.size), out)
+            final, head = self._gathered(batch, rows), self._head.fields
+
+            def call(share: Share, work: Fields) -> None:
+                write_logits(head, final, share, work, out)
+
+            self._crew.run(call, self._crew.shares(rows.size))
         return out
+
+    def clock(self) -> NDArray[np.int64]:
+        """Ticks that threads have spent, all together: (CLOCKS,), see engine.kernels.product."""
+        return np.sum([work.clock for work in self._crew.works], axis=0, dtype=np.int64)
 
     def _forward(self, batch: Batch, cache: KVCache) -> None:
         """Runs the layers; then `normed` holds the final norm of the tokens in the order `batch.order`."""
@@ -162,114 +160,84 @@ class Llama:
                 f"token ids from {tokens.min()} to {tokens.max()}; expected 0 to {self.n_vocab - 1}"
             )
         slots, positions = batch.slots[batch.order], batch.positions[batch.order]
-        cache.claim(slots, positions)
-        parts = [replace(part, tasks=_tasks(slots, part)) for part in self._crew.parts(size)]
-        rope_table(positions, self._frequencies, self._magnitude, self._cos, self._sin)
-        self._crew.run(self._embed, parts, tokens)
-        for index, layer in enumerate(self._layers):
-            keys, values = cache.layer(index)
-            self._crew.run(self._project_qkv, parts, layer, slots, positions, keys, values)
-            self._crew.run(self._attend_and_feed, parts, layer, slots, positions, cache.present, keys, values)
-        self._crew.run(self._norm, parts, self._output_norm)
+        cells = cache.claim(slots, positions)
+        try:
+            self._run_layers(tokens, slots, positions, cells, cache)
+        except BaseException:
+            cache.cancel()
+            raise
         cache.release()
 
-    def _embed(self, part: Part, tokens: NDArray[np.int32]) -> None:
-        """x = 0 and normed = embedding: the first norm adds them."""
-        self._x[part.first : part.last] = 0
-        step = part.scratch.rows.size // self.params.width
-        for start in range(part.first * NR, min(part.last * NR, part.n_tokens), step):
-            stop = min(start + step, part.last * NR, part.n_tokens)
-            for i, token in enumerate(tokens[start:stop].tolist()):
-                self._embedding.decode(token, 1, part.scratch.rows[i * self.params.width :])
-            if self._embedding_scale != 1:
-                part.scratch.rows[: (stop - start) * self.params.width] *= self._embedding_scale
-            embed(part.scratch.rows, self.params.width, start, stop, self._normed)
-
-    def _norm(self, part: Part, weight: NDArray[np.float32]) -> None:
-        """x += normed; normed = rms_norm(x) * weight."""
-        eps, sums = self._norm_eps, part.scratch.sums
-        add_rms_norm(self._x, self._normed, weight, eps, part.first, part.last, sums, self._normed)
-
-    def _project_qkv(
+    def _run_layers(
         self,
-        part: Part,
-        layer: _Layer,
+        tokens: NDArray[np.int32],
         slots: NDArray[np.int32],
         positions: NDArray[np.int32],
-        keys: NDArray[Any],
-        values: NDArray[Any],
+        cells: NDArray[np.int32],
+        cache: KVCache,
     ) -> None:
-        p = self.params
-        self._norm(part, layer.attn_norm)
-        project(layer.q, self._normed, self._q, part)
-        project(layer.k, self._normed, self._k, part)
-        project(layer.v, self._normed, self._v, part)
-        for x, n_heads, norm in ((self._q, p.n_heads, layer.q_norm), (self._k, p.n_kv_heads, layer.k_norm)):
-            norm_heads(x, n_heads, norm, p.norm_eps, part.first, part.last, part.scratch.sums)
-            if layer.is_rotated:
-                halves = p.rope.halves
-                rotate(x, n_heads, p.head_width, halves, self._cos, self._sin, part.first, part.last)
-        first, last = part.first * NR, min(part.last * NR, part.n_tokens)
-        store_keys_values(self._k, self._v, slots, positions, first, last, keys, values)
+        shares = self._crew.shares(tokens.size)
+        runs = [tasks(slots, share) for share in shares]
+        s, layers = self._stream, self._weights.layers
+        rope_table(positions, self._frequencies, self._magnitude, s.cos, s.sin)
 
-    def _attend_and_feed(
-        self,
-        part: Part,
-        layer: _Layer,
-        slots: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        present: NDArray[np.uint8],
-        keys: NDArray[Any],
-        values: NDArray[Any],
-    ) -> None:
-        p, s = self.params, part.scratch
-        starts, counts = part.tasks
-        scale = np.float32(p.attention_scale)
-        attend(
-            self._q, p.n_heads, scale, positions, slots, present, starts, counts, keys, values,
-            s.query, s.block_keys, s.block_values, s.scores, s.acc, s.lanes, self._q,
-        )  # fmt: skip
-        project(layer.out, self._q, self._normed, part)
-        self._norm(part, layer.ffn_norm)
-        project_swiglu(layer.gate, layer.up, self._normed, self._ff, part)
-        project(layer.down, self._ff, self._normed, part)
+        def begin(share: Share, work: Fields) -> None:
+            s.x[share.first : share.last] = 0  # the first norm adds the embedding
+            fields, scale = self._embedding.fields, self._embedding_scale
+            embed(fields, tokens, scale, share.first, share.last, work, s.normed)
 
-    def _gather(self, batch: Batch, rows: NDArray[np.int64]) -> None:
-        """Puts the final norm of the batch's tokens `rows` side by side into the feed-forward's panels."""
+        def finish(share: Share, work: Fields) -> None:
+            weight, eps = self._output_norm, self._norm_eps
+            add_rms_norm(s.x, s.normed, weight, eps, share.first, share.last, tokens.size, work, s.normed)
+
+        self._crew.run(begin, shares)
+        step = self.params.n_layers if shares[0].by_rows else 1  # large batches: Python hears signals between
+        for first in range(0, self.params.n_layers, step):
+            gate = np.zeros(1, np.int64)
+
+            def call(share: Share, work: Fields, first: int = first, gate: Fields = gate) -> None:
+                run_layers(
+                    first, first + step, layers, self._shape, s, slots, cells, cache.present,
+                    *runs[share.thread], cache.keys, cache.values, share, work, gate,
+                )  # fmt: skip
+
+            self._crew.run(call, shares)
+        self._crew.run(finish, shares)
+
+    def _gathered(self, batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The final norm of the batch's tokens `rows`, side by side in the feed-forward's panels."""
         place = np.empty(len(batch), np.int64)
         place[batch.order] = np.arange(len(batch))
-        gather_columns(self._normed, place[rows], self.params.width, self._ff)
-
-    def _score(self, part: Part, targets: NDArray[np.int32]) -> None:
-        top, total, hit = self._state
-        s = part.scratch
-        for row in range(0, self.n_vocab, HEAD_ROWS):
-            count = min(HEAD_ROWS, self.n_vocab - row)
-            packed = self._head.packed(row, count, s)
-            score_block(
-                packed, count, self._ff, row, part.first, part.last, part.n_tokens, targets,
-                s.product, s.sums, top, total, hit,
-            )  # fmt: skip
-
-    def _write_logits(self, part: Part, out: NDArray[np.float32]) -> None:
-        for row in range(0, self.n_vocab, HEAD_ROWS):
-            count = min(HEAD_ROWS, self.n_vocab - row)
-            packed = self._head.packed(row, count, part.scratch)
-            logits_block(
-                packed, count, self._ff, row, part.first, part.last, part.n_tokens, part.scratch.product, out
-            )
+        gather_columns(self._stream.normed, place[rows], self.params.width, self._stream.ff)
+        return self._stream.ff
 
 
-def _tasks(slots: NDArray[np.int32], part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Runs of at most NR neighbouring tokens of one slot among the tokens of `part`: (starts, counts)."""
-    first, last = part.first * NR, min(part.last * NR, part.n_tokens)
-    borders = np.flatnonzero(np.diff(slots[first:last])) + first + 1
-    starts, counts = [], []
-    for begin, end in zip([first, *borders.tolist()], [*borders.tolist(), last], strict=True):
-        for start in range(begin, end, NR):
-            starts.append(start)
-            counts.append(min(NR, end - start))
-    return np.array(starts, np.int64), np.array(counts, np.int64)
+def footprint(
+    p: LlamaParams, threads: int, batch_tokens: int, n_slots: int, capacity: int, kv: str, fleeting: bool
+) -> int:
+    """See `engine.footprint`."""
+    cache = kv_bytes(n_slots, capacity, p.n_layers, p.n_kv_heads, p.head_width, kv, fleeting)
+    return _own_bytes(p, threads, batch_tokens) + cache
+
+
+def _own_bytes(p: LlamaParams, threads: int, batch_tokens: int) -> int:
+    """Bytes of activations and scratch."""
+    stream = sum(4 * math.prod(shape) for shape in _stream_shapes(p, batch_tokens))
+    state = 2 * 8 * -(-batch_tokens // NR) * NR
+    return stream + state + threads * work_bytes(_depths(p), p.head_width)
+
+
+def _depths(p: LlamaParams) -> tuple[int, ...]:
+    """Columns that a weight may have."""
+    return p.width, p.n_heads * p.head_width, p.ff_width
+
+
+def _stream_shapes(p: LlamaParams, batch_tokens: int) -> list[tuple[int, int, int]]:
+    """Shapes of the arrays of `Stream`, in its order."""
+    n_panels, pairs = -(-batch_tokens // NR), p.rope.width // 2
+    q, kv = p.n_heads * p.head_width, p.n_kv_heads * p.head_width
+    rows = [-(-r // STRIP) * STRIP for r in (p.width, p.width, q, kv, kv, max(p.ff_width, p.width))]
+    return [(n_panels, r, NR) for r in (*rows, pairs, pairs)]
 
 
 def _rotation(file: GGUFFile, rope: Rope) -> tuple[NDArray[np.float64], float]:
