@@ -114,7 +114,9 @@ def warm_up(file: GGUFFile) -> float:
     from engine.kernels._jit import CompileTimer
 
     with CompileTimer() as timer:
-        model = load_model(file, batch_tokens=2)
-        model.nll(Batch([0, 0], [0, 1], targets=[0, -1]), model.new_cache(1, 2))
+        size = 16  # more than a few tokens, which other kernels multiply
+        model = load_model(file, batch_tokens=size)
+        targets = [0] + [-1] * (size - 1)
+        model.nll(Batch([0] * size, range(size), targets=targets), model.new_cache(1, size))
     mark_warm(file)
     return timer.seconds

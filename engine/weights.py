@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from engine.errors import UnsupportedModel
 from engine.kernels.attention import BLOCK
 from engine.kernels.logprob import HEAD_ROWS
-from engine.kernels.native import DECODE_SIGNATURE, PACK_SIGNATURE, address_of
+from engine.kernels.native import DECODE_SIGNATURE, DOT_SIGNATURE, PACK_SIGNATURE, address_of
 from engine.kernels.product import (
     ACC,
     BLOCK_KEYS,
     BLOCK_VALUES,
     CLOCK,
     CLOCKS,
+    DOT_1,
     FEW_OUT,
     FEW_STRIPS,
     FEW_X,
@@ -37,6 +38,7 @@ from engine.kernels.product import (
 )
 from engine.kernels.tile import FEW, MR, NR, STRIP
 from engine.quants import decoder
+from engine.quants.dots import dots
 from engine.quants.strips import packer
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class Matrix:
     def __init__(self, tensor: Tensor, bias: NDArray[np.float32] | None = None) -> None:
         self.bias = np.empty(0, np.float32) if bias is None else bias
         self.rows, self.columns = tensor.shape
-        self._data = tensor.data
+        self._data, self._type = tensor.data, tensor.type.name
         kind, pack = tensor.type, packer(tensor.type.name)
         if pack is not None and self.columns % pack.unit:
             pack = None
@@ -79,10 +81,17 @@ class Matrix:
                 pack.unit if pack else 1,
                 self.rows,
                 self.columns,
+                *[0] * (FIELDS - DOT_1),
             ],
             np.int64,
         )
-        assert self.fields.size == FIELDS
+
+    def add_dots(self) -> None:
+        """Compiles, or loads from disk, what multiplies with few tokens; windows of a text need none of it."""
+        found = dots(self._type)
+        if found is not None and self.columns % found.unit == 0:
+            for i, kernel in enumerate(found.kernels):
+                self.fields[DOT_1 + i] = address_of(kernel, DOT_SIGNATURE) if kernel else 0
 
 
 def matrix(file: GGUFFile, name: str, rows: int, columns: int) -> Matrix:

@@ -5,8 +5,9 @@
 
 The tests are those of llama-bench and llama-batched-bench: pp512, tg64, tg64@8; ppl512 is what a perplexity
 does. Peers (extra `bench`) run in the same rounds, each in a process of its own, with the best of their
-settings. A minute or two for a small model, a few more for each peer. Leaves rows in `table=throughput`, the
-same as Markdown and CSV, a run in MLflow unless `tracking=none`, and one JSON line on standard output.
+settings. Five minutes for a small model on two cores, and as many for each peer. Leaves rows in
+`table=throughput`, the same as Markdown and CSV, a run in MLflow unless `tracking=none`, and one JSON line on
+standard output.
 """
 
 from __future__ import annotations

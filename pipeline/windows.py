@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from pipeline.settings import PROTOCOLS, ProtocolSettings
 
 if TYPE_CHECKING:
     import engine
+    from pipeline.protocols.piece import Piece
     from pipeline.tokens import TokenStream
 
 Ids = npt.NDArray[np.int32]
@@ -28,7 +29,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Window:
-    """What the model reads at positions 0..T-1, and what it is asked.
+    """What the model reads at positions `position`, `position + 1`, ..., and what it is asked.
 
     Attributes:
         index: rank of the window in the run.
@@ -38,6 +39,10 @@ class Window:
         scored: places in the stream of the scored targets, in rising order.
         counts_blank_ends: beside the words that begin in the scored tokens, white space at an end of the
             document counts as one (protocols/document.py).
+        position: of the first token, which the cache must stand at; a window with 0 begins anew.
+        distance: tokens of its document before the window; None where windows begin anew.
+        half: the first of the scored targets that protocol `windows` scores as well, which then are all of
+            the rest; None where it scores none of them, or nobody asks.
     """
 
     index: int
@@ -46,6 +51,9 @@ class Window:
     targets: Ids
     scored: slice
     counts_blank_ends: bool = False
+    position: int = 0
+    distance: int | None = None
+    half: int | None = None
 
 
 class ScoringProtocol(Protocol):
@@ -67,30 +75,26 @@ class ScoringProtocol(Protocol):
         """Name, version and all settings, as they enter the measure's key."""
         ...
 
+    def begins(self, n_tokens: int) -> Counts | None:
+        """(d,) ranks of the windows that begin from an empty cache; None where all do."""
+        ...
+
+    def longest(self, n_tokens: int) -> int:
+        """Positions that the cache of a sequence must have."""
+        ...
+
     @property
     def remarks(self) -> list[str]:
         """What is left out of the score that a person should know."""
         ...
 
 
-class PieceProtocol(ScoringProtocol, Protocol):
-    """One that can tell how many windows each of many pieces makes."""
+class CacheShape(NamedTuple):
+    """The cache that a run's windows need: see `engine.Model.new_cache`."""
 
-    version: ClassVar[int]
-    """Raised when the same settings give other windows; part of the measure."""
-
-    @property
-    def limit(self) -> int | None:
-        """The first n windows only."""
-        ...
-
-    def counts(self, n_tokens: Counts) -> Counts:
-        """(p,) windows of pieces of so many tokens, 0 for one too short; no limit."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """Name, version and settings but the limit, as they enter the measure's key."""
-        ...
+    n_slots: int
+    capacity: int
+    fleeting: bool
 
 
 def open_protocol(settings: ProtocolSettings, bos_id: int | None, stream: TokenStream) -> ScoringProtocol:
@@ -102,16 +106,19 @@ def open_protocol(settings: ProtocolSettings, bos_id: int | None, stream: TokenS
         SettingsError: no such protocol.
     """
     from pipeline.protocols.apart import Apart
+    from pipeline.protocols.carry import Carry
     from pipeline.protocols.document import Rolling
     from pipeline.protocols.strided import Strided
     from pipeline.protocols.windows import Windows
 
     window, limit = settings.window, settings.limit
-    protocol: PieceProtocol
+    protocol: Piece
     if settings.name == Windows.name:
         protocol = Windows(window, limit, bos_id)
     elif settings.name == Strided.name:
         protocol = Strided(window, settings.stride or window // 2, limit, bos_id)
+    elif settings.name == Carry.name:
+        protocol = Carry(window, limit, bos_id)
     elif settings.name == Rolling.name and bos_id is not None:
         protocol = Rolling(window, limit, bos_id, int(stream.pieces["n_special"][0]))
     else:
@@ -146,6 +153,17 @@ def slots(settings: ProtocolSettings, batch_tokens: int, windows_per_shard: int)
     """
     ragged = 1 if settings.name == "windows" else 4
     return max(1, min(ragged * batch_tokens // settings.window, windows_per_shard))
+
+
+def cache_shape(
+    settings: ProtocolSettings, batch_tokens: int, windows_per_shard: int, longest: int
+) -> CacheShape:
+    """The cache for a shard's windows; `longest` is what the protocol says.
+
+    A window that begins anew and fits a batch is decoded in one call: no layer's keys are needed after it.
+    """
+    whole = settings.name != "carry" and settings.window <= batch_tokens
+    return CacheShape(slots(settings, batch_tokens, windows_per_shard), longest, whole)
 
 
 def batches(windows: Sequence[Window], batch_tokens: int, n_slots: int) -> Iterator[Sequence[Window]]:

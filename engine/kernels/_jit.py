@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -73,6 +74,18 @@ def kernel(function: Callable[..., Any]) -> Any:
 
     dispatcher.get_call_template = template_of_plain
     return dispatcher
+
+
+def named_kernel(template: Callable[..., Any], name: str, **names: Any) -> Any:
+    """A kernel with the code of `template` under another name, where `names` are found among its globals.
+
+    Kernels that differ only in the intrinsic they call need no function each; a closure instead of a global
+    would keep them out of the disk cache.
+    """
+    code = template.__code__.replace(co_name=name, co_qualname=name)
+    function = FunctionType(code, template.__globals__ | names, name)
+    function.__module__, function.__doc__ = template.__module__, template.__doc__
+    return kernel(function)
 
 
 class CompileTimer:

@@ -104,14 +104,14 @@ def write_logits(m, x, share, work, out):
     for s in range(first, last, step):
         n_strips, row0 = min(step, last - s), s * STRIP
         n_rows = min(n_strips * STRIP, m[ROWS] - row0)
-        unpack(m, s, n_strips, work, work[PACKS])
-        began = ticks()
         if is_few:
-            few = few_product(work[PACKS], n_strips, depth, n_tokens, work)
+            few = few_product(m, s, n_strips, n_tokens, work, work[PACKS])
             for i in range(n_tokens):
                 for r in range(n_rows):
                     out[i, row0 + r] = few[i * n_strips * STRIP + r]
         else:
+            unpack(m, s, n_strips, work, work[PACKS])
+            began = ticks()
             for p in range(p0, p1):
                 source = address(x) + p * x.shape[1] * NR * 4
                 panel_product(
@@ -120,4 +120,4 @@ def write_logits(m, x, share, work, out):
                 for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
                     for r in range(n_rows):
                         out[i, row0 + r] = product[r * NR + i - p * NR]
-        spend(work, MULTIPLY, began)
+            spend(work, MULTIPLY, began)

@@ -6,6 +6,8 @@ products; which decoder a weight needs is known only when the file is open, henc
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
@@ -17,11 +19,14 @@ from engine.kernels._jit import kernel
 _BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 _FLOATS = types.Array(types.float32, 1, "C")
 PACK_SIGNATURE = (types.intp,) * 4
+DOT_SIGNATURE = (types.intp,) * 5
+MULTIPLY8_SIGNATURE = (types.intp,) * 10
 DECODE_SIGNATURE = (_BYTES, types.intp, types.intp, _FLOATS)
 
 _PATIENCE = 4096  # looks at the gate before a waiting thread offers its core to others
 
 
+@cache
 def address_of(dispatcher, signature) -> int:
     """Address of a kernel's machine code for that signature, compiled or loaded from disk now.
 
@@ -46,6 +51,20 @@ def _call_by_address(argument_types):
 def call_packer(typingctx, address, rows, stride, n_units, strip):
     """`engine.quants.strips` kernel at `address`."""
     return types.void(types.intp, *PACK_SIGNATURE), _call_by_address(PACK_SIGNATURE)
+
+
+@intrinsic
+def call_dot(typingctx, address, rows, stride, n_units, x, out):
+    """`engine.quants.dots` kernel at `address`."""
+    return types.void(types.intp, *DOT_SIGNATURE), _call_by_address(DOT_SIGNATURE)
+
+
+@intrinsic
+def call_multiply8(
+    typingctx, address, strips, n_strips, quants, scales, sums, depth, offset, n_tokens, out, shares
+):  # fmt: skip
+    """`engine.kernels.int8` kernel at `address`."""
+    return types.void(types.intp, *MULTIPLY8_SIGNATURE), _call_by_address(MULTIPLY8_SIGNATURE)
 
 
 @intrinsic

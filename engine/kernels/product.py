@@ -26,13 +26,25 @@ import numpy as np
 
 from engine.kernels._jit import kernel
 from engine.kernels.maths import exp32
-from engine.kernels.native import address, bytes_at, call_decoder, call_packer, floats_at, integers_at, ticks
+from engine.kernels.native import (
+    address,
+    bytes_at,
+    call_decoder,
+    call_dot,
+    call_packer,
+    floats_at,
+    integers_at,
+    ticks,
+)
 from engine.kernels.tile import FEW, LANES, MR, NR, STRIP, few_rows, few_tile, tile
 from engine.quants.strips import pack_f32
 
 # Fields of a weight: addresses of the packer (0: none) and the decoder, of the data and the bias (0: none);
-# bytes of the data and of a row, blocks of a row, weights of a packer's unit.
-PACK, DECODE, DATA, BIAS, N_BYTES, ROW_BYTES, ROW_BLOCKS, UNIT, ROWS, COLUMNS, FIELDS = range(11)
+# bytes of the data and of a row, blocks of a row, weights of a packer's unit; addresses of the kernels of
+# engine.quants.dots (0: none), for 1 token, 1 token and two strips, 2, 4 and 8 tokens.
+PACK, DECODE, DATA, BIAS, N_BYTES, ROW_BYTES, ROW_BLOCKS, UNIT, ROWS, COLUMNS = range(10)
+DOT_1, DOT_1_TWICE, DOT_2, DOT_4, DOT_8 = range(10, 15)
+FIELDS = 15
 
 # Working memory of a thread, an int64 table of addresses (engine.weights.Work): rows of a weight that has no
 # packer, decoded; two groups of strips; the product of a group with a panel; the operands of `few_tile`; sums
@@ -160,11 +172,40 @@ def gather_few(x, depth, n_tokens, work):
 
 
 @kernel
-def few_product(packed, n_strips, depth, n_tokens, work):
-    """(few_rows, n_strips * STRIP) float32 at work[FEW_OUT], flat: strips times what `gather_few` left."""
-    n, width = few_rows(n_tokens), n_strips * STRIP
-    few_tile(n, work[FEW_X], n, packed, STRIP, depth * STRIP, work[FEW_OUT], width, depth, 0, n_strips)
-    return floats_at(work[FEW_OUT], n * width)
+def few_product(m, first, n_strips, n_tokens, work, packs):
+    """Strips [first, first + n_strips) of a weight times what `gather_few` left, decoded at address `packs`.
+
+    Returns (few_rows, n_strips * STRIP) float32, flat, at work[FEW_OUT]. Strips that the kernels of
+    engine.quants.dots take are not stored.
+    """
+    began = ticks()
+    depth, n, width = m[COLUMNS], few_rows(n_tokens), n_strips * STRIP
+    by_dots = m[DOT_1 if n == 1 else DOT_2 if n == 2 else DOT_4 if n == 4 else DOT_8]
+    out, row = floats_at(work[FEW_OUT], n * width), first * STRIP
+    if by_dots != 0 and row + width <= m[ROWS]:
+        n_units, s = depth // m[UNIT], 0
+        while s < n_strips:
+            at = m[DATA] + (row + s * STRIP) * m[ROW_BYTES]
+            to = work[FEW_OUT] + s * STRIP * 4
+            if n == 1 and s + 2 <= n_strips:
+                call_dot(m[DOT_1_TWICE], at, m[ROW_BYTES], n_units, work[FEW_X], to)
+                s += 2
+            elif n == 1:
+                call_dot(by_dots, at, m[ROW_BYTES], n_units, work[FEW_X], to)
+                s += 1
+            else:
+                call_dot(by_dots, at, m[ROW_BYTES], n_units, work[FEW_X], packs)
+                part = floats_at(packs, n * STRIP)
+                for i in range(n):
+                    for r in range(STRIP):
+                        out[i * width + s * STRIP + r] = part[i * STRIP + r]
+                s += 1
+    else:
+        unpack(m, first, n_strips, work, packs)
+        began = ticks()
+        few_tile(n, work[FEW_X], n, packs, STRIP, depth * STRIP, work[FEW_OUT], width, depth, 0, n_strips)
+    spend(work, MULTIPLY, began)
+    return out
 
 
 @kernel
@@ -182,19 +223,19 @@ def project(m, x, out, share, work):
     step = FEW_STRIPS if is_few else _group_strips(depth)
     for s in range(first, last, step):
         n_strips, row0 = min(step, last - s), s * STRIP
-        unpack(m, s, n_strips, work, work[PACKS])
-        began = ticks()
         if is_few:
-            few = few_product(work[PACKS], n_strips, depth, n_tokens, work)
+            few = few_product(m, s, n_strips, n_tokens, work, work[PACKS])
             for i in range(n_tokens):
                 for row in range(n_strips * STRIP):
                     out[0, row0 + row, i] = few[i * n_strips * STRIP + row]
         else:
+            unpack(m, s, n_strips, work, work[PACKS])
+            began = ticks()
             for p in range(p0, p1):
                 source = address(x) + p * x.shape[1] * NR * 4
                 target = address(out) + (p * out.shape[1] + row0) * NR * 4
                 panel_product(work[PACKS], n_strips, depth, source, target, lanes_used(n_tokens, p) // LANES)
-        spend(work, MULTIPLY, began)
+            spend(work, MULTIPLY, began)
     if m[BIAS] != 0:
         add_bias(out, floats_at(m[BIAS], m[ROWS]), first * STRIP, min(last * STRIP, m[ROWS]), p0, p1)
 
@@ -228,19 +269,20 @@ def project_swiglu(gate, up, x, out, share, work):
         n_strips, row0 = min(step, last - s), s * STRIP
         n_rows = n_strips * STRIP
         product = floats_at(work[PRODUCT], n_rows * NR)
-        unpack(gate, s, n_strips, work, work[PACKS])
-        unpack(up, s, n_strips, work, work[MORE_PACKS])
-        began = ticks()
         if is_few:
-            few = few_product(work[PACKS], n_strips, depth, n_tokens, work)
+            few = few_product(gate, s, n_strips, n_tokens, work, work[PACKS])
             for i in range(n_tokens * n_rows):
                 product[i] = few[i]
-            few = few_product(work[MORE_PACKS], n_strips, depth, n_tokens, work)
+            few = few_product(up, s, n_strips, n_tokens, work, work[PACKS])
+            began = ticks()
             for i in range(n_tokens):
                 for row in range(n_rows):
                     out[0, row0 + row, i] = _silu_times(product[i * n_rows + row], few[i * n_rows + row])
-            spend(work, MULTIPLY, began)
+            spend(work, ACTIVATE, began)
         else:
+            unpack(gate, s, n_strips, work, work[PACKS])
+            unpack(up, s, n_strips, work, work[MORE_PACKS])
+            began = ticks()
             for p in range(p0, p1):
                 source = address(x) + p * x.shape[1] * NR * 4
                 target = address(out) + (p * out.shape[1] + row0) * NR * 4

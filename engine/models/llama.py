@@ -35,7 +35,7 @@ from engine.kernels.norm import add_rms_norm
 from engine.kernels.panels import embed, gather_columns
 from engine.kernels.product import Share
 from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table
-from engine.kernels.tile import NR, STRIP
+from engine.kernels.tile import FEW, NR, STRIP
 from engine.state import KVCache, Rotation, kv_bytes
 from engine.weights import Crew, Fields, Work, aligned, matrix, optional_vector, tasks, vector, work_bytes
 
@@ -65,14 +65,18 @@ class _Weights:
         self._matrices = [
             [matrix(file, f"blk.{i}.{name}.weight", *shape) for name, shape in shapes.items()] for i in layers
         ]
-        self.layers = Layers(
-            matrices=np.stack([[m.fields for m in row] for row in self._matrices]),
-            attn_norm=attn_norm,
-            ffn_norm=ffn_norm,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            rotated=np.array([every == 0 or (i + 1) % every != 0 for i in layers], np.uint8),
-        )
+        rotated = np.array([every == 0 or (i + 1) % every != 0 for i in layers], np.uint8)
+        self.layers = Layers(self._fields(), attn_norm, ffn_norm, q_norm, k_norm, rotated)
+
+    def _fields(self) -> Fields:
+        return np.stack([[m.fields for m in row] for row in self._matrices])
+
+    def add_dots(self) -> None:
+        """See `Matrix.add_dots`."""
+        for row in self._matrices:
+            for each in row:
+                each.add_dots()
+        self.layers = self.layers._replace(matrices=self._fields())
 
 
 class Llama:
@@ -86,6 +90,7 @@ class Llama:
         tied = "output.weight" not in file.tensors
         self._head = self._embedding if tied else matrix(file, "output.weight", p.n_vocab, p.width)
         self._weights = _Weights(file, p)
+        self._has_dots = False  # needed, and compiled, by the first batch of few tokens
         self._output_norm = vector(file, "output_norm.weight", p.width) / np.float32(p.logit_scale)
         self._embedding_scale = np.float32(p.embedding_scale / p.residual_scale)
         self._norm_eps = p.norm_eps / p.residual_scale / p.residual_scale
@@ -176,6 +181,10 @@ class Llama:
         cells: NDArray[np.int32],
         cache: KVCache,
     ) -> None:
+        if tokens.size <= FEW and not self._has_dots:
+            self._weights.add_dots()
+            self._head.add_dots()
+            self._has_dots = True
         shares = self._crew.shares(tokens.size)
         runs = [tasks(slots, share) for share in shares]
         s, layers = self._stream, self._weights.layers

@@ -287,6 +287,20 @@ def _table_shuffle(builder, codes, table):
     return found[0] if lanes == BYTES.count else shuffled(builder, *found, range(BYTES.count))
 
 
+def prefetch(builder, block, ahead, unit, unit_bytes):
+    """Asks for as much of the memory `ahead` bytes on as a unit takes; past the file's end it is harmless.
+
+    Sixteen interleaved rows are too many streams for the hardware: Q4_1 out of memory took 0.16 ns a weight
+    without, 0.09 with; two or four strips ahead, or into the second-level cache only: no better.
+    """
+    signature = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    start = builder.add(ahead, builder.mul(unit, I64(STRIP * unit_bytes)))
+    for line in range(0, STRIP * unit_bytes, 64):
+        at = builder.gep(block, [builder.add(start, I64(line))])
+        builder.call(function, [at, I32(0), I32(3), I32(1)])  # to read, into all levels, as data
+
+
 def strip_of(
     kind: type[Strip], unit_bytes: int, unit_floats: int, write: Callable[[Strip], None], offset: int = 0
 ):
@@ -307,6 +321,7 @@ def strip_of(
             builder.branch(loop)
             builder.position_at_end(loop)
             unit, at, to = builder.phi(I64), builder.phi(block.type), builder.phi(columns.type)
+            prefetch(builder, block, builder.mul(row_bytes, I64(STRIP)), unit, unit_bytes)
             write(kind(builder, at, row_bytes, to, offset))
             following = builder.add(unit, I64(1))
             steps = [

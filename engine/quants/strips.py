@@ -12,9 +12,12 @@ A type without a kernel here is decoded row by row and then turned; same numbers
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
-from engine.kernels._jit import kernel
+from engine.kernels._jit import named_kernel
+from engine.kernels.tile import STRIP
 from engine.quants._strip_types import TYPES
 from engine.quants._strips import FLOATS, FloatStrip, ints, strip_of
 
@@ -24,11 +27,6 @@ class Packer(NamedTuple):
 
     kernel: Any
     unit: int
-
-
-def packer(type_name: str) -> Packer | None:
-    """The kernel for a tensor type such as "Q4_1"; None where there is none."""
-    return _PACKERS.get(type_name)
 
 
 def _f32(s: FloatStrip) -> None:
@@ -49,132 +47,36 @@ def _bf16(s: FloatStrip) -> None:
         s.put(2 * i + 1, b.bitcast(b.and_(words, ints(0xFFFF0000)), FLOATS))
 
 
-def _of(name: str):
-    kind = TYPES[name]
-    return strip_of(FloatStrip, kind.unit_bytes, 16 * kind.unit, kind.write, kind.offset)
+class FloatUnit(NamedTuple):
+    """How `write` makes float32 of a unit: its bytes and weights, and what the type subtracts."""
+
+    unit_bytes: int
+    unit: int
+    write: Callable[[FloatStrip], None]
+    offset: int = 0
 
 
-_strip_f32 = strip_of(FloatStrip, 16, 64, _f32)
-_strip_f16 = strip_of(FloatStrip, 16, 128, _f16)
-_strip_bf16 = strip_of(FloatStrip, 16, 128, _bf16)
-_strip_q4_0 = _of("Q4_0")
-_strip_q4_1 = _of("Q4_1")
-_strip_q5_0 = _of("Q5_0")
-_strip_q5_1 = _of("Q5_1")
-_strip_q8_0 = _of("Q8_0")
-_strip_iq4_nl = _of("IQ4_NL")
-_strip_q2_k = _of("Q2_K")
-_strip_q3_k = _of("Q3_K")
-_strip_q4_k = _of("Q4_K")
-_strip_q5_k = _of("Q5_K")
-_strip_q6_k = _of("Q6_K")
-_strip_iq4_xs = _of("IQ4_XS")
-
-
-@kernel
-def pack_f32(rows, stride, n_units, strip):
-    """F32, four weights a unit."""
-    _strip_f32(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_f16(rows, stride, n_units, strip):
-    """F16, eight weights a unit."""
-    _strip_f16(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_bf16(rows, stride, n_units, strip):
-    """BF16, eight weights a unit."""
-    _strip_bf16(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q4_0(rows, stride, n_units, strip):
-    """Q4_0."""
-    _strip_q4_0(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q4_1(rows, stride, n_units, strip):
-    """Q4_1."""
-    _strip_q4_1(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q5_0(rows, stride, n_units, strip):
-    """Q5_0."""
-    _strip_q5_0(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q5_1(rows, stride, n_units, strip):
-    """Q5_1."""
-    _strip_q5_1(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q8_0(rows, stride, n_units, strip):
-    """Q8_0."""
-    _strip_q8_0(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_iq4_nl(rows, stride, n_units, strip):
-    """IQ4_NL."""
-    _strip_iq4_nl(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q2_k(rows, stride, n_units, strip):
-    """Q2_K."""
-    _strip_q2_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q3_k(rows, stride, n_units, strip):
-    """Q3_K."""
-    _strip_q3_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q4_k(rows, stride, n_units, strip):
-    """Q4_K."""
-    _strip_q4_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q5_k(rows, stride, n_units, strip):
-    """Q5_K."""
-    _strip_q5_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_q6_k(rows, stride, n_units, strip):
-    """Q6_K."""
-    _strip_q6_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack_iq4_xs(rows, stride, n_units, strip):
-    """IQ4_XS."""
-    _strip_iq4_xs(rows, stride, n_units, strip)
-
-
-_PACKERS = {
-    "F32": Packer(pack_f32, 4),
-    "F16": Packer(pack_f16, 8),
-    "BF16": Packer(pack_bf16, 8),
-    "Q4_0": Packer(pack_q4_0, TYPES["Q4_0"].unit),
-    "Q4_1": Packer(pack_q4_1, TYPES["Q4_1"].unit),
-    "Q5_0": Packer(pack_q5_0, TYPES["Q5_0"].unit),
-    "Q5_1": Packer(pack_q5_1, TYPES["Q5_1"].unit),
-    "Q8_0": Packer(pack_q8_0, TYPES["Q8_0"].unit),
-    "IQ4_NL": Packer(pack_iq4_nl, TYPES["IQ4_NL"].unit),
-    "Q2_K": Packer(pack_q2_k, TYPES["Q2_K"].unit),
-    "Q3_K": Packer(pack_q3_k, TYPES["Q3_K"].unit),
-    "Q4_K": Packer(pack_q4_k, TYPES["Q4_K"].unit),
-    "Q5_K": Packer(pack_q5_k, TYPES["Q5_K"].unit),
-    "Q6_K": Packer(pack_q6_k, TYPES["Q6_K"].unit),
-    "IQ4_XS": Packer(pack_iq4_xs, TYPES["IQ4_XS"].unit),
+FLOAT_UNITS = {
+    "F32": FloatUnit(16, 4, _f32),
+    "F16": FloatUnit(16, 8, _f16),
+    "BF16": FloatUnit(16, 8, _bf16),
+    **{name: FloatUnit(kind.unit_bytes, kind.unit, kind.write, kind.offset) for name, kind in TYPES.items()},
 }
+
+
+def pack_template(rows, stride, n_units, strip):
+    """Decodes STRIP rows into a strip."""
+    emit(rows, stride, n_units, strip)  # noqa: F821 (each kernel's own)
+
+
+@cache
+def packer(type_name: str) -> Packer | None:
+    """The kernel for a tensor type such as "Q4_1", compiled when called; None where there is none."""
+    if type_name not in FLOAT_UNITS:
+        return None
+    unit_bytes, unit, write, offset = FLOAT_UNITS[type_name]
+    emit = strip_of(FloatStrip, unit_bytes, STRIP * unit, write, offset)
+    return Packer(named_kernel(pack_template, f"pack_{type_name.lower()}", emit=emit), unit)
+
+
+pack_f32 = packer("F32").kernel

@@ -15,13 +15,15 @@ Zen 4, one thread, 2026-11, ns a weight: Q4_0 0.015, IQ4, Q8_0 and Q4_K 0.018 to
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from engine.kernels._jit import kernel
+from engine.kernels._jit import named_kernel
 from engine.quants._strip_types import TYPES
 from engine.quants._strips import FLOATS, I64, INTS, STRIP, Strip, strip_of
+from engine.quants.strips import pack_template
 
 
 class Packer8(NamedTuple):
@@ -33,11 +35,6 @@ class Packer8(NamedTuple):
     group: int  # columns of a scale
     offset: int  # taken from every unsigned weight
     has_minimum: bool
-
-
-def packer8(type_name: str) -> Packer8 | None:
-    """The kernel for a tensor type such as "Q4_1"; None where there is none, and weights become float32."""
-    return _PACKERS.get(type_name)
 
 
 class ByteStrip(Strip):
@@ -76,117 +73,13 @@ def _unit_bytes(name: str) -> int:
     return kind.unit // kind.group * (kind.group // 4 + 1 + kind.has_minimum) * 4 * STRIP
 
 
-def _of(name: str):
-    kind = TYPES[name]
+@cache
+def packer8(type_name: str) -> Packer8 | None:
+    """The kernel for a tensor type such as "Q4_1"; None where there is none, and weights become float32."""
+    if type_name not in TYPES:
+        return None
+    kind = TYPES[type_name]
     shape = type("ByteStrip", (ByteStrip,), {"group": kind.group, "has_minimum": kind.has_minimum})
-    return strip_of(shape, kind.unit_bytes, _unit_bytes(name) // 4, kind.write, kind.offset)
-
-
-_strip_q4_0 = _of("Q4_0")
-_strip_q4_1 = _of("Q4_1")
-_strip_q5_0 = _of("Q5_0")
-_strip_q5_1 = _of("Q5_1")
-_strip_q8_0 = _of("Q8_0")
-_strip_iq4_nl = _of("IQ4_NL")
-_strip_q2_k = _of("Q2_K")
-_strip_q3_k = _of("Q3_K")
-_strip_q4_k = _of("Q4_K")
-_strip_q5_k = _of("Q5_K")
-_strip_q6_k = _of("Q6_K")
-_strip_iq4_xs = _of("IQ4_XS")
-
-
-@kernel
-def pack8_q4_0(rows, stride, n_units, strip):
-    """Q4_0."""
-    _strip_q4_0(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q4_1(rows, stride, n_units, strip):
-    """Q4_1."""
-    _strip_q4_1(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q5_0(rows, stride, n_units, strip):
-    """Q5_0."""
-    _strip_q5_0(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q5_1(rows, stride, n_units, strip):
-    """Q5_1."""
-    _strip_q5_1(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q8_0(rows, stride, n_units, strip):
-    """Q8_0."""
-    _strip_q8_0(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_iq4_nl(rows, stride, n_units, strip):
-    """IQ4_NL."""
-    _strip_iq4_nl(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q2_k(rows, stride, n_units, strip):
-    """Q2_K."""
-    _strip_q2_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q3_k(rows, stride, n_units, strip):
-    """Q3_K."""
-    _strip_q3_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q4_k(rows, stride, n_units, strip):
-    """Q4_K."""
-    _strip_q4_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q5_k(rows, stride, n_units, strip):
-    """Q5_K."""
-    _strip_q5_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_q6_k(rows, stride, n_units, strip):
-    """Q6_K."""
-    _strip_q6_k(rows, stride, n_units, strip)
-
-
-@kernel
-def pack8_iq4_xs(rows, stride, n_units, strip):
-    """IQ4_XS."""
-    _strip_iq4_xs(rows, stride, n_units, strip)
-
-
-def _packer(name: str, pack: Any) -> Packer8:
-    kind = TYPES[name]
-    return Packer8(pack, kind.unit, _unit_bytes(name), kind.group, kind.offset, kind.has_minimum)
-
-
-_PACKERS = {
-    name: _packer(name, pack)
-    for name, pack in {
-        "Q4_0": pack8_q4_0,
-        "Q4_1": pack8_q4_1,
-        "Q5_0": pack8_q5_0,
-        "Q5_1": pack8_q5_1,
-        "Q8_0": pack8_q8_0,
-        "IQ4_NL": pack8_iq4_nl,
-        "Q2_K": pack8_q2_k,
-        "Q3_K": pack8_q3_k,
-        "Q4_K": pack8_q4_k,
-        "Q5_K": pack8_q5_k,
-        "Q6_K": pack8_q6_k,
-        "IQ4_XS": pack8_iq4_xs,
-    }.items()
-}
+    emit = strip_of(shape, kind.unit_bytes, _unit_bytes(type_name) // 4, kind.write, kind.offset)
+    kernel = named_kernel(pack_template, f"pack8_{type_name.lower()}", emit=emit)
+    return Packer8(kernel, kind.unit, _unit_bytes(type_name), kind.group, kind.offset, kind.has_minimum)

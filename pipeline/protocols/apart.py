@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.windows import Counts, Ids, PieceProtocol, Window
+from pipeline.windows import Counts, Ids, Window
 
 if TYPE_CHECKING:
+    from pipeline.protocols.piece import Piece
     from pipeline.tokens import TokenStream
 
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Apart:
     """A protocol over each piece of a stream."""
 
-    inner: PieceProtocol
+    inner: Piece
     stream: TokenStream = field(repr=False)
 
     @cached_property
@@ -70,6 +71,20 @@ class Apart:
         limit = self.n_windows(n_tokens)
         whole = int(self._ends[-1])
         return self.inner.settings() | {"protocol_limit": None if limit == whole else limit}
+
+    def begins(self, n_tokens: int) -> Counts | None:
+        """(d,) ranks of the windows that begin from an empty cache; None where all do."""
+        if not self.inner.carries:
+            return None
+        first = self._ends - np.diff(self._ends, prepend=0)
+        return np.unique(first[first < self.n_windows(n_tokens)])
+
+    def longest(self, n_tokens: int) -> int:
+        """Positions that the cache of a sequence must have."""
+        if not self.inner.carries:
+            return self.inner.size
+        n_windows = np.diff(np.minimum(self._ends, self.n_windows(n_tokens)), prepend=0)
+        return int(np.minimum(np.diff(self._borders), n_windows * self.inner.size).max()) - 1
 
     @property
     def remarks(self) -> list[str]:

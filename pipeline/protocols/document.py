@@ -40,11 +40,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.protocols.piece import Piece
 from pipeline.windows import Counts, Ids, Window
 
 
 @dataclass(frozen=True)
-class Rolling:
+class Rolling(Piece):
     """Windows of one document of which the first `n_special` tokens (0 or 1: a BOS) are not of its text."""
 
     size: int
@@ -52,21 +53,9 @@ class Rolling:
     prefix_id: int
     n_special: int
     name: ClassVar[str] = "document"
-    version: ClassVar[int] = 1
-
-    def n_windows(self, n_tokens: int) -> int:
-        """Windows until the last token is scored, `limit` applied.
-
-        Raises:
-            DataError: the document has no token.
-        """
-        whole = int(self.counts(np.array([n_tokens]))[0])
-        if not whole:
-            raise DataError("the text has no token, expected one at least", "use another text")
-        return whole if self.limit is None else min(whole, self.limit)
 
     def counts(self, n_tokens: Counts) -> Counts:
-        """(p,) windows of documents of so many tokens, special ones counted; no limit."""
+        """(p,) windows until the last token is scored, special tokens counted; no limit."""
         return -(-(n_tokens - self.n_special) // self.size)
 
     def window(self, tokens: Ids, index: int) -> Window:
@@ -83,21 +72,10 @@ class Rolling:
         scored = slice(done + self.n_special, end + self.n_special)
         return Window(index, first, read, targets, scored, counts_blank_ends=end == text.size)
 
-    def measure(self, n_tokens: int) -> dict[str, Any]:
-        """Settings of the measure; a limit that cuts nothing off is none."""
-        limit, whole = self.n_windows(n_tokens), int(self.counts(np.array([n_tokens]))[0])
-        return self.settings() | {"protocol_limit": None if limit == whole else limit}
+    def own_settings(self) -> dict[str, Any]:
+        """The prefix."""
+        return {"protocol_bos_id": self.prefix_id}
 
-    def settings(self) -> dict[str, Any]:
-        """Settings of the measure but the limit."""
-        return {
-            "protocol": self.name,
-            "protocol_version": self.version,
-            "protocol_window": self.size,
-            "protocol_bos_id": self.prefix_id,
-        }
-
-    @property
-    def remarks(self) -> list[str]:
-        """None: everything is scored."""
-        return []
+    def too_short(self, n_tokens: int) -> DataError:
+        """There is nothing to score."""
+        return DataError("the text has no token, expected one at least", "use another text")

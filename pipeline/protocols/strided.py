@@ -33,11 +33,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.protocols.piece import Piece
 from pipeline.windows import Counts, Ids, Window
 
 
 @dataclass(frozen=True)
-class Strided:
+class Strided(Piece):
     """Windows of `size` tokens every `stride`, at most `limit`; `bos_id` is None when the model adds no BOS.
 
     A stream begins with the BOS when there is one.
@@ -48,24 +49,9 @@ class Strided:
     limit: int | None
     bos_id: int | None
     name: ClassVar[str] = "strided"
-    version: ClassVar[int] = 1
-
-    def n_windows(self, n_tokens: int) -> int:
-        """Windows until the last token is scored, `limit` applied.
-
-        Raises:
-            DataError: no token can be scored.
-        """
-        whole = int(self.counts(np.array([n_tokens]))[0])
-        if not whole:
-            raise DataError(
-                f"the text has {n_tokens:,} tokens, expected at least 2, one to read and one to predict",
-                "use a longer text",
-            )
-        return whole if self.limit is None else min(whole, self.limit)
 
     def counts(self, n_tokens: Counts) -> Counts:
-        """(p,) windows of pieces of so many tokens; no limit."""
+        """(p,) windows until the last token is scored; no limit."""
         last = n_tokens - 1  # place of the last target
         further = -(-np.maximum(last - self.size, 0) // self.stride)
         return np.where(last > 0, 1 + further, 0)
@@ -83,22 +69,13 @@ class Strided:
             read[0] = self.bos_id
         return Window(index, begin, read, targets, slice(done + 1, end + 1))
 
-    def measure(self, n_tokens: int) -> dict[str, Any]:
-        """Settings of the measure; a limit that cuts nothing off is none."""
-        limit, whole = self.n_windows(n_tokens), int(self.counts(np.array([n_tokens]))[0])
-        return self.settings() | {"protocol_limit": None if limit == whole else limit}
+    def own_settings(self) -> dict[str, Any]:
+        """Stride and BOS."""
+        return {"protocol_stride": self.stride, "protocol_bos_id": self.bos_id}
 
-    def settings(self) -> dict[str, Any]:
-        """Settings of the measure but the limit."""
-        return {
-            "protocol": self.name,
-            "protocol_version": self.version,
-            "protocol_window": self.size,
-            "protocol_stride": self.stride,
-            "protocol_bos_id": self.bos_id,
-        }
-
-    @property
-    def remarks(self) -> list[str]:
-        """None: everything that has a token before it is scored."""
-        return []
+    def too_short(self, n_tokens: int) -> DataError:
+        """One token predicts nothing that is there."""
+        return DataError(
+            f"the text has {n_tokens:,} tokens, expected at least 2, one to read and one to predict",
+            "use a longer text",
+        )

@@ -25,18 +25,18 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.protocols.piece import Piece
 from pipeline.windows import Counts, Ids, Window
 
 
 @dataclass(frozen=True)
-class Windows:
+class Windows(Piece):
     """Windows of `window` tokens, at most `limit` of them; `bos_id` is None when the model adds no BOS."""
 
     size: int
     limit: int | None
     bos_id: int | None
     name: ClassVar[str] = "windows"
-    version: ClassVar[int] = 1
 
     def n_windows(self, n_tokens: int) -> int:
         """Whole windows in the stream, `limit` applied.
@@ -45,13 +45,8 @@ class Windows:
             DataError: fewer than two windows' tokens, as llama.cpp refuses.
         """
         if n_tokens < 2 * self.size:
-            shorter = f", or protocol.window={n_tokens // 2} or less" if n_tokens >= 6 else ""
-            raise DataError(
-                f"the text has {n_tokens:,} tokens, expected at least {2 * self.size:,}, two windows",
-                f"use a longer text{shorter}",
-            )
-        whole = int(self.counts(np.array([n_tokens]))[0])
-        return whole if self.limit is None else min(whole, self.limit)
+            raise self.too_short(n_tokens)
+        return super().n_windows(n_tokens)
 
     def counts(self, n_tokens: Counts) -> Counts:
         """(p,) whole windows of pieces of so many tokens; no limit."""
@@ -67,21 +62,14 @@ class Windows:
             read[0] = self.bos_id
         return Window(index, start, read, targets, slice(start + first + 1, start + self.size))
 
-    def measure(self, n_tokens: int) -> dict[str, Any]:
-        """Settings of the measure; a limit that cuts nothing off is none."""
-        limit = self.n_windows(n_tokens)
-        return self.settings() | {"protocol_limit": None if limit == n_tokens // self.size else limit}
+    def own_settings(self) -> dict[str, Any]:
+        """The BOS."""
+        return {"protocol_bos_id": self.bos_id}
 
-    def settings(self) -> dict[str, Any]:
-        """Settings of the measure but the limit."""
-        return {
-            "protocol": self.name,
-            "protocol_version": self.version,
-            "protocol_window": self.size,
-            "protocol_bos_id": self.bos_id,
-        }
-
-    @property
-    def remarks(self) -> list[str]:
-        """None: the tail of less than a window is dropped as llama.cpp drops it."""
-        return []
+    def too_short(self, n_tokens: int) -> DataError:
+        """Two windows are llama.cpp's least."""
+        shorter = f", or protocol.window={n_tokens // 2} or less" if n_tokens >= 6 else ""
+        return DataError(
+            f"the text has {n_tokens:,} tokens, expected at least {2 * self.size:,}, two windows",
+            f"use a longer text{shorter}",
+        )
