@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engine.gguf import GGUFFile, open
     from engine.kernel_cache import is_warm
     from engine.machine import cpu_features, fma_gflops, gemm_gflops, read_gb_per_s
-    from engine.model import Model, check_supported, footprint, load_model, warm_up
+    from engine.model import Model, check_supported, footprint, load_model, max_positions, warm_up
     from engine.recurrent import RecurrentCache
     from engine.sequences import predict, score
     from engine.state import KVCache
@@ -54,6 +54,7 @@ _HOMES = {  # resolved on first use: importing Numba takes half a second that `-
     "gemm_gflops": "machine",
     "is_warm": "kernel_cache",
     "load_model": "model",
+    "max_positions": "model",
     "open": "gguf",
     "predict": "sequences",
     "read_gb_per_s": "machine",
@@ -86,6 +87,7 @@ __all__ = [
     "gemm_gflops",
     "is_warm",
     "load_model",
+    "max_positions",
     "open",
     "predict",
     "read_gb_per_s",

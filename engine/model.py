@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from engine.gguf import GGUFFile
     from engine.state import KVCache
 
+RECURRENT = ("mamba", "mamba2")
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +65,13 @@ def check_supported(file: GGUFFile) -> None:
     for tensor in file.tensors.values():
         if tensor.type.name not in SUPPORTED:
             decoder(tensor.type.name)  # raises, with the list of supported types
+
+
+def max_positions(file: GGUFFile) -> int | None:
+    """Positions that sequences had in training; None for a recurrent model, which takes any number."""
+    name = file.metadata.get("general.architecture")
+    trained = None if name in RECURRENT else file.metadata.get(f"{name}.context_length")
+    return trained if isinstance(trained, int) else None
 
 
 def load_model(file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096) -> Model:

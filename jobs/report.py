@@ -114,6 +114,10 @@ def _lines(s: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("  ± tokens independent", f"{s['ppl_stderr']:.4f}  (as llama.cpp prints it)"))
     if told("ppl_stderr_clustered"):
         lines.append(("  ± clustered by window", f"{s['ppl_stderr_clustered']:.4f}"))
+    if told("half_ppl", "half_n_scored"):
+        lines.append(
+            ("  on second halves", f"{s['half_ppl']:.4f}  ({s['half_n_scored']:,} tokens, as windows)")
+        )
     if told("bits_per_byte"):
         lines.append(("bits per byte", f"{s['bits_per_byte']:.4f}"))
     if told("n_scored", "n_windows"):

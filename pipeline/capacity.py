@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import SettingsError
 from pipeline.runtime import available_cores
-from pipeline.windows import slots
+from pipeline.windows import cache_shape
 
 if TYPE_CHECKING:
     import engine
@@ -43,13 +43,16 @@ def check_threads(threads: int, key: str = "engine.threads") -> None:
         )
 
 
-def check_run(file: engine.GGUFFile, settings: PerplexitySettings, per_shard: int, n_shards: int) -> None:
+def check_run(
+    file: engine.GGUFFile, settings: PerplexitySettings, per_shard: int, n_shards: int, longest: int
+) -> None:
     """Refuse a perplexity run whose workers will not fit into this host's memory.
 
     Args:
         settings: resolved.
         per_shard: windows of a shard.
-        n_shards: that are left to do.
+        n_shards: that can be in work at once.
+        longest: positions that a sequence may take.
 
     Raises:
         SettingsError: naming the largest `engine.batch_tokens` that fits.
@@ -67,10 +70,8 @@ def check_run(file: engine.GGUFFile, settings: PerplexitySettings, per_shard: in
             file,
             threads=s.engine.threads,
             batch_tokens=batch_tokens,
-            n_slots=slots(s.protocol, batch_tokens, per_shard),
-            capacity=window,
             kv=s.engine.kv,
-            fleeting=window <= batch_tokens,
+            **cache_shape(s.protocol, batch_tokens, per_shard, longest)._asdict(),
         )
         return n_workers * (BASE_BYTES + own) + loaded_bytes(file, s.engine.load, n_workers)
 

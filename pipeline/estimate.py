@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import results
 from pipeline.preflight import Prepared
 from pipeline.settings import PerplexitySettings
-from pipeline.windows import slots
+from pipeline.windows import cache_shape
 
 if TYPE_CHECKING:
     import engine
@@ -104,8 +104,9 @@ class Estimator:
             made = engine.load_model(ready.file, threads=s.engine.threads, batch_tokens=s.engine.batch_tokens)
             self._model = wanted, made
         model = self._model[1]
-        n_slots = slots(s.protocol, s.engine.batch_tokens, ready.spec.windows_per_shard)
-        return BASE_BYTES + model.nbytes + model.new_cache(n_slots, s.protocol.window).nbytes
+        spec = ready.spec
+        shape = cache_shape(s.protocol, s.engine.batch_tokens, spec.windows_per_shard, spec.longest)
+        return BASE_BYTES + model.nbytes + model.new_cache(shape.n_slots, shape.capacity).nbytes
 
 
 def _runs(n: int) -> str:

@@ -4,8 +4,9 @@ The rules, whatever the executor. Shards of several runs share the workers: they
 the spec of its run, and no worker waits at a run's end. A worker has one model open and is handed shards of
 that file while there are any. One call in flight per worker. An exception of ours sets its shard aside at
 once and is never retried. A process that dies takes its shard back to the end of the file's shards; a shard
-that ended `MAX_KILLS` processes is set aside. When nobody is left to work, the rest of the shards is handed
-back, not waited for.
+that ended `MAX_KILLS` processes is set aside. A shard that goes on from another one's state is handed out
+when that one is done, before others; when that one is set aside, so is it. When nobody is left to work, the
+rest of the shards is handed back, not waited for.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ OnResult = Callable[[Task, "ShardResult"], None]
 class ShardFailure:
     """A shard that was set aside.
 
-    `kind` is "error" (an exception of ours), "killed" (it ended `attempts` processes) or "no worker" (nobody
-    was left).
+    `kind` is "error" (an exception of ours), "killed" (it ended `attempts` processes), "not reached" (the
+    shard that it goes on from was set aside) or "no worker" (nobody was left).
     """
 
     task: Task
@@ -101,15 +102,41 @@ class Executor(Protocol):
 
 
 class Queue:
-    """Tasks that are left, by file in the order given: each file's are handed out before the next one's."""
+    """Tasks that are left, by file in the order given: each file's are handed out before the next one's.
+
+    Tasks of one spec whose shards follow each other are handed out one after the other, as `done` is told.
+    """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._files: dict[str, deque[Task]] = {}
+        begins = {(id(task.spec), task.shard.first_window): task for task in tasks if task.shard.resumes}
+        ends = {task: begins.get((id(task.spec), task.shard.end)) for task in tasks}
+        self._next = {task: follower for task, follower in ends.items() if follower is not None}
+        waiting = set(self._next.values())
         for task in tasks:
-            self.put(task)
+            self._files.setdefault(task.file, deque())
+            if task not in waiting:
+                self.put(task)
 
     def __len__(self) -> int:
+        """Tasks that can be handed out now."""
         return sum(map(len, self._files.values()))
+
+    def done(self, task: Task) -> None:
+        """The task that goes on from this one can be handed out: first, for a document takes its time."""
+        follower = self._next.pop(task, None)
+        if follower is not None:
+            self._files[follower.file].appendleft(follower)
+
+    def failed(self, task: Task) -> list[ShardFailure]:
+        """Set aside the tasks that go on from this one, which was set aside."""
+        failures = []
+        cause = f"it goes on from shard {task.shard.first_window}, which was set aside"
+        follower = self._next.pop(task, None)
+        while follower is not None:
+            failures.append(set_aside(follower, "not reached", cause, 0))
+            follower = self._next.pop(follower, None)
+        return failures
 
     def put(self, task: Task) -> None:
         """Add a task behind the others of its file."""
@@ -121,8 +148,8 @@ class Queue:
         return (tasks or next(tasks for tasks in self._files.values() if tasks)).popleft()
 
     def tasks(self) -> list[Task]:
-        """What is left, in order."""
-        return [task for tasks in self._files.values() for task in tasks]
+        """What is left, in order; then what was not to be handed out yet."""
+        return [*(task for tasks in self._files.values() for task in tasks), *self._next.values()]
 
     def specs(self) -> list[WorkerSpec]:
         """The first spec of each file that has tasks left."""
@@ -198,15 +225,18 @@ class InlineExecutor:
     def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
         if self._host is None:
             raise RuntimeError("run() before start()")
-        failures = []
-        for task in tasks:
+        todo, failures = Queue(tasks), []
+        rank = {task: i for i, task in enumerate(tasks)}
+        while todo:
+            task = todo.take()
             try:
                 result = self._host.run(task)
             except Exception as error:
-                failures.append(set_aside(task, "error", describe(error), 1))
+                failures += [set_aside(task, "error", describe(error), 1), *todo.failed(task)]
             else:
+                todo.done(task)
                 on_result(task, result)
-        return failures
+        return sorted(failures, key=lambda failure: rank[failure.task])
 
     def memory(self) -> list[dict[str, Any]]:
         return [] if self._host is None else [self._host.memory()]

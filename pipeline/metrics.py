@@ -40,6 +40,15 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+HALVES = (
+    "half_ppl",
+    "half_ppl_stderr",
+    "half_ppl_stderr_clustered",
+    "half_nll_mean_nats",
+    "half_n_scored",
+)
+"""Figures of the second halves of windows alone; all null but for protocol `carry`."""
+
 
 def window_sums(nll: Floats) -> tuple[float, float]:
     """Sum and sum of squares of a window's (n,) float64 negative log-likelihoods, correctly rounded."""
@@ -97,6 +106,33 @@ def perplexity(windows: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
         "n_scored": n_scored,
         "nll_sha256": nll_sha256(sums),
     }
+
+
+def second_halves(windows: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """The figures of `HALVES` over windows that have tokens which protocol `windows` scores (carry.py).
+
+    Args:
+        windows: columns of the window table, (G,) each: `half_n_scored`, `half_nll_sum_nats`,
+            `half_nll_sq_sum`, NaN where a window has none; `weight` as above.
+
+    Returns:
+        None for each where no window has any.
+    """
+    counts = np.asarray(windows["half_n_scored"], np.float64)
+    has = ~np.isnan(counts)
+    if not has.any():
+        return dict.fromkeys(HALVES)
+    found = perplexity(
+        {
+            "n_scored": counts[has].astype(np.int64),
+            "nll_sum_nats": np.asarray(windows["half_nll_sum_nats"], np.float64)[has],
+            "nll_sq_sum": np.asarray(windows["half_nll_sq_sum"], np.float64)[has],
+            "n_bytes": np.zeros(int(has.sum())),
+            "n_words": np.zeros(int(has.sum())),
+            "weight": np.asarray(windows["weight"], np.float64)[has],
+        }
+    )
+    return {name: found[name.removeprefix("half_")] for name in HALVES}
 
 
 def clustered_stderr(sums: Floats, counts: npt.NDArray[np.int64], weights: Floats | None = None) -> float:

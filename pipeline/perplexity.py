@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import RunResult, metrics, provenance, store
+from pipeline import RunResult, handover, metrics, provenance, store
 from pipeline.cluster import open_executor
 from pipeline.errors import IncompleteError, PipelineError
 from pipeline.executor import ShardFailure, Task
@@ -24,6 +24,7 @@ from pipeline.preflight import Preflight, Prepared
 from pipeline.record import Journal
 from pipeline.runtime import available_cores
 from pipeline.settings import ClusterSettings, PerplexitySettings
+from pipeline.shards import n_abreast
 from pipeline.tracking import open_tracker
 from pipeline.worker import ShardResult
 
@@ -42,10 +43,12 @@ HEADLINES = (
     "byte_ppl",
     "word_ppl",
     "nll_sha256",
+    *metrics.HALVES,
 )
 """Numbers of a finished run only; null in any other."""
 
 _SUMMED = ("nll_sum_nats", "nll_sq_sum", "n_scored", "n_bytes", "n_words", "weight")
+_HALVES = ("half_n_scored", "half_nll_sum_nats", "half_nll_sq_sum", "weight")
 log = logging.getLogger(__name__)
 
 
@@ -137,6 +140,7 @@ def score(scorings: Sequence[Scoring], journal: Journal, progress: Progress | No
     def take(task: Task, result: ShardResult) -> None:
         scoring = by_key[task.spec.run_key]
         scoring.take(result)
+        handover.drop(Path(task.spec.run_dir), [task.shard])
         if progress is not None:
             progress.advance(result.n_windows, result.n_scored, result.nll_sum_nats, result.n_tokens)
         if not scoring.n_left and n_concluded < len(scorings) - 1:  # the last one: below, with all memory
@@ -156,7 +160,8 @@ def score(scorings: Sequence[Scoring], journal: Journal, progress: Progress | No
         for spec, scoring in zip(specs, todo, strict=True)
         for shard in scoring.ready.todo
     ]
-    executor = open_executor(no_idle_workers(todo[0].ready.settings, len(tasks)), specs[0].engine)
+    abreast = sum(n_abreast(scoring.ready.todo) for scoring in todo)
+    executor = open_executor(no_idle_workers(todo[0].ready.settings, abreast), specs[0].engine)
     try:
         if progress is not None:
             _tell_starting(todo, progress)
@@ -202,11 +207,14 @@ def _conclude(
     summary["warnings"] = list(dict.fromkeys(ready.warnings + finished.remarks))
     windows = None
     if missing:
+        handover.drop(Path(ready.spec.run_dir), finished.paths)
         summary |= told(_incomplete(ready, missing, scoring.failures))
     else:
         windows = store.read_windows(finished.paths)
         summary |= metrics.perplexity({name: windows.column(name).to_numpy() for name in _SUMMED})
+        summary |= metrics.second_halves({name: windows.column(name).to_numpy() for name in _HALVES})
         summary["n_tokens"] = int(windows.column("n_tokens").to_numpy().sum())
+        handover.drop_all(Path(ready.spec.run_dir))
     now = time.perf_counter()
     since = scoring.since if scoring.since is not None else min(scoring.began, now)
     summary["wall_s"] = now - since
@@ -245,7 +253,7 @@ def _tell_done(scorings: Sequence[Scoring], progress: Progress) -> None:
 
 
 def no_idle_workers(settings: PerplexitySettings, n_shards: int) -> ClusterSettings:
-    """A local cluster whose size was left open starts no more workers than there are shards to do."""
+    """A local cluster whose size was left open starts no more workers than shards can be in work at once."""
     cluster = settings.cluster
     if cluster.kind != "local" or cluster.workers is not None:
         return cluster
@@ -337,7 +345,7 @@ def blank(ready: Prepared) -> dict[str, Any]:
 def planned(ready: Prepared) -> dict[str, Any]:
     """A dry run's answer: the plan, and nothing started."""
     s = ready.settings
-    cluster = no_idle_workers(s, len(ready.todo))
+    cluster = no_idle_workers(s, n_abreast(ready.todo))
     return blank(ready) | {
         "dry_run": True,
         "n_tokens": ready.n_windows * s.protocol.window,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import capacity, provenance, store
 from pipeline.datasets import Text, load_text
-from pipeline.errors import ModelError, RefusedError, StoreError
+from pipeline.errors import ModelError, RefusedError, SettingsError, StoreError
 from pipeline.settings import PerplexitySettings
-from pipeline.shards import Shard, plan
+from pipeline.shards import Shard, n_abreast, plan
 from pipeline.tokens import TokenStream, token_stream
 from pipeline.windows import begin_id, open_protocol
 from pipeline.worker import WorkerSpec
@@ -98,6 +98,9 @@ class Preflight:
         bos_id = begin_id(s.protocol, tokenizer)
         protocol = open_protocol(s.protocol, bos_id, stream)
         n_windows = protocol.n_windows(stream.tokens.size)
+        longest = protocol.longest(stream.tokens.size)
+        if s.protocol.name == "carry":
+            _check_context(file, longest, s.protocol.window, stream.is_apart)
         measure = {
             **text.measure,
             "tokens_sha256": stream.sha256,
@@ -121,9 +124,10 @@ class Preflight:
                 f"cluster.windows_per_shard={s.cluster.windows_per_shard} is ignored: "
                 f"this run was begun with {per_shard}"
             )
-        shards = plan(n_windows, per_shard)
+        shards = plan(n_windows, per_shard, protocol.begins(stream.tokens.size))
         finished = store.finished_shards(folder, shards, run_key)
-        capacity.check_run(file, s, per_shard, len(shards) - len(finished.paths))
+        todo = [shard for shard in shards if shard not in finished.paths]
+        capacity.check_run(file, s, per_shard, n_abreast(todo), longest)
         spec = WorkerSpec(
             run_key=run_key,
             model_path=s.model.path,
@@ -135,6 +139,7 @@ class Preflight:
             protocol=s.protocol,
             engine=s.engine,
             windows_per_shard=per_shard,
+            longest=longest,
             run_dir=str(folder),
             cache_dir=s.paths.cache,
             columns={
@@ -253,6 +258,26 @@ def _beyond_training(file: engine.GGUFFile, window: int) -> list[str]:
         f"protocol.window={window} is longer than the context the model was trained with, {trained} tokens; "
         "expect a perplexity worse than the model's own"
     ]
+
+
+def _check_context(file: engine.GGUFFile, longest: int, window: int, is_apart: bool) -> None:
+    """Refuse to carry attention's context further than the model was trained to.
+
+    Raises:
+        SettingsError: naming what fits.
+    """
+    import engine
+
+    trained = engine.max_positions(file)
+    if trained is None or longest <= trained:
+        return
+    limit = 0 if is_apart else (trained + 1) // window
+    raise SettingsError(
+        f"protocol=carry reads {'the longest document' if is_apart else 'the text'} as one sequence of "
+        f"{longest:,} positions; {file.path} is a model of attention, trained for {trained:,}",
+        f"use protocol=strided or protocol=windows, {f'protocol.limit={limit}, ' if limit else ''}shorter "
+        "documents, or a recurrent model, which carries its state any distance",
+    )
 
 
 def _make(folder: Path) -> None:

@@ -148,13 +148,16 @@ class Pool:
                 task, error = ended.task, ended.error
                 if error is None:
                     results.append(ended)
+                    todo.done(task)
                 elif ended.is_ours:
                     failures.append(set_aside(task, "error", describe(error), kills[task] + 1))
+                    failures += todo.failed(task)
                 else:
                     kills[task] += 1
                     if kills[task] >= MAX_KILLS:
                         cause = f"its worker's process ended, {kills[task]} times ({type(error).__name__})"
                         failures.append(set_aside(task, "killed", cause, kills[task]))
+                        failures += todo.failed(task)
                     else:
                         log.warning(
                             "shard %d lost its worker, attempt %d", task.shard.first_window, kills[task]

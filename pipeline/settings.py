@@ -19,7 +19,7 @@ from omegaconf import MISSING
 
 from pipeline.errors import SettingsError
 
-PROTOCOLS = ("windows", "strided", "document")
+PROTOCOLS = ("windows", "carry", "strided", "document")
 DATA_FORMATS = ("text", "jsonl", "parquet")
 DATA_DOCUMENTS = ("joined", "apart")
 DATA_ERRORS = ("strict", "replace")
@@ -45,8 +45,8 @@ class ModelSettings:
 class DataSettings:
     """A text, by path or URL, optionally pinned by the SHA-256 of its bytes (pipeline/sources.py).
 
-    `files` is a list in place of `path`. Null `documents`: apart for `protocol=document`, joined otherwise.
-    `weight` names the column or key with a document's weight.
+    `files` is a list in place of `path`. Null `documents`: apart for protocols `document` and `carry`, joined
+    otherwise. `weight` names the column or key with a document's weight.
     """
 
     name: str = "text"
@@ -230,7 +230,7 @@ def is_url(path: str) -> bool:
 def _resolved_data(data: DataSettings, protocol: ProtocolSettings) -> DataSettings:
     """Paths absolute; `path` names several files as well; documents joined or apart, said."""
     files = [absolute(file) for file in data.files]
-    by_protocol = "apart" if protocol.name == "document" else "joined"
+    by_protocol = "apart" if protocol.name in ("document", "carry") else "joined"
     path = ", ".join(files) if files else absolute(data.path)
     return replace(data, path=path, files=files, documents=data.documents or by_protocol)
 

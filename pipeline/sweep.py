@@ -24,6 +24,7 @@ from pipeline.perplexity import Scoring
 from pipeline.preflight import Preflight, Prepared
 from pipeline.record import Journal, Parent
 from pipeline.settings import PerplexitySettings, nearest
+from pipeline.shards import n_abreast
 from pipeline.tracking import open_tracker
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _computed(
 def _planned(runs: Sequence[Point]) -> dict[str, Any]:
     """A dry run's answer: every point with what it takes; nothing is started."""
     ready = [_ready(point) for point in runs]
-    cluster = perplexity.no_idle_workers(ready[0].settings, sum(len(r.todo) for r in ready))
+    cluster = perplexity.no_idle_workers(ready[0].settings, sum(n_abreast(r.todo) for r in ready))
     n_workers = 1 if cluster.kind == "inline" else cluster.workers
     estimator = Estimator(ready[0].settings)
     plans = [estimator.plan(r, n_workers or 1) for r in ready]

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class WorkerSpec:
     Attributes:
         tokens_path, counts_path: the token stream's two files (pipeline/tokens.py).
         bos_id: the token that begins a sequence, as `windows.begin_id` says; None where nothing does.
+        longest: positions that a sequence may take, as the protocol says.
         run_dir: folder of the run's shards.
         cache_dir: `paths.cache`, for the model's digest and the lock of the first compilation.
         columns: identity columns, the same in every row.
@@ -54,6 +55,7 @@ class WorkerSpec:
     protocol: ProtocolSettings
     engine: EngineSettings
     windows_per_shard: int
+    longest: int
     run_dir: str
     cache_dir: str
     columns: Mapping[str, str | int | None] = field(default_factory=dict)
@@ -106,7 +108,7 @@ class EvalWorker:
         Should that fail there is no model open, and the worker can be turned to another run.
         """
         if self.file is not None and _of_model(spec) == _of_model(self.spec):
-            del self.cache  # before the next one is made: a worker's memory is that of one run
+            del self.scorer  # before the next one is made: a worker's memory is that of one run
         else:
             if self.file is not None:
                 self.close()
@@ -152,16 +154,16 @@ class EvalWorker:
     def _read(self, spec: WorkerSpec) -> None:
         """Map the run's token stream and make the cache that its windows need."""
         started = time.perf_counter()
+        from pipeline.scoring import Scorer
         from pipeline.tokens import open_stream
-        from pipeline.windows import open_protocol, slots
+        from pipeline.windows import cache_shape, open_protocol
 
         self.stream = open_stream(Path(spec.tokens_path), Path(spec.counts_path))
         _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
         self.protocol = open_protocol(spec.protocol, spec.bos_id, self.stream)
-        self.n_slots = slots(spec.protocol, spec.engine.batch_tokens, spec.windows_per_shard)
-        # a window that fits a batch is decoded in one call: no layer's keys are needed after it
-        whole = spec.protocol.window <= spec.engine.batch_tokens
-        self.cache = self.model.new_cache(self.n_slots, spec.protocol.window, spec.engine.kv, fleeting=whole)
+        batch_tokens = spec.engine.batch_tokens
+        shape = cache_shape(spec.protocol, batch_tokens, spec.windows_per_shard, spec.longest)
+        self.scorer = Scorer(self.model, shape, spec.engine.kv, batch_tokens)
         self.load_s = self.open_s + time.perf_counter() - started
 
     def ready(self) -> dict[str, Any]:
@@ -182,19 +184,23 @@ class EvalWorker:
 
         Raises:
             ScoreError: a negative log-likelihood is not finite; names window and position.
-            StorageFailure: the file cannot be written.
+            StorageFailure: the file, or the state for the next shard, cannot be written.
         """
-        from pipeline import store
+        from pipeline import handover, store
         from pipeline.tables import WINDOWS_SCHEMA, table
-        from pipeline.windows import batches
 
         started = time.perf_counter()
-        indices = range(shard.first_window, shard.first_window + shard.n_windows)
-        windows = [self.protocol.window(self.stream.tokens, index) for index in indices]
-        calls = batches(windows, self.spec.engine.batch_tokens, self.n_slots)
-        scores = [nll for call in calls for nll in self._score(call)]
+        run_dir = Path(self.spec.run_dir)
+        windows = self._windows(shard.first_window, shard.end)
+        if shard.resumes:
+            self._go_on(windows[0])
+        scores = self.scorer.scores(windows)
         rows = [self._row(window, nll, shard) for window, nll in zip(windows, scores, strict=True)]
-        path = Path(self.spec.run_dir) / shard.file_name
+        if shard.hands_on:  # first: behind a finished shard there is a state
+            handover.leave(
+                run_dir, shard.end, self.scorer.cache, self.scorer.slot, self.spec.model_sha256
+            )
+        path = run_dir / shard.file_name
         committed = store.commit(
             table(rows, WINDOWS_SCHEMA), path, store.shard_meta(shard, self.spec.run_key)
         )
@@ -224,41 +230,27 @@ class EvalWorker:
         """Give the mapping back; the worker cannot score before it is turned to a run again."""
         file, self.file = self.file, None
         if file is not None:
-            for held in ("model", "cache"):
+            for held in ("model", "scorer"):
                 self.__dict__.pop(held, None)
             file.close()
 
-    def _score(self, windows: Sequence[Window]) -> list[npt.NDArray[np.float64]]:
-        """(n_scored,) float64 per window; windows of one call sit in slots 0, 1, ... of the cache."""
+    def _windows(self, first: int, end: int) -> list[Window]:
+        return [self.protocol.window(self.stream.tokens, index) for index in range(first, end)]
+
+    def _go_on(self, window: Window) -> None:
+        """Have the cache hold what the document of a window has before it."""
         import numpy as np
 
-        self.cache.clear()
-        lengths = [window.tokens.size for window in windows]
-        nll = self._decode(
-            np.concatenate([window.tokens for window in windows]),
-            np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-            np.repeat(np.arange(len(windows), dtype=np.int32), lengths),
-            np.concatenate([window.targets for window in windows]),
-        )
-        ends = np.cumsum([np.count_nonzero(window.targets >= 0) for window in windows])
-        if nll.size != ends[-1]:
-            raise ScoreError(
-                f"the engine returned {nll.size} scores, expected {ends[-1]}; this is a bug of ours"
-            )
-        return np.split(nll, ends[:-1])
+        from pipeline import handover
 
-    def _decode(self, *columns: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-        """One engine call, or several on the same cache when a window is longer than a batch may be."""
-        import numpy as np
-
-        import engine
-
-        limit = self.spec.engine.batch_tokens
-        pieces = []
-        for at in range(0, columns[0].size, limit):
-            tokens, positions, slots, targets = (column[at : at + limit] for column in columns)
-            pieces.append(self.model.nll(engine.Batch(tokens, positions, slots, targets=targets), self.cache))
-        return np.concatenate(pieces)
+        spec, scorer, index = self.spec, self.scorer, window.index
+        scorer.slot = 0
+        if not handover.take_up(
+            Path(spec.run_dir), index, scorer.cache, scorer.slot, spec.model_sha256, window.position
+        ):
+            n_before = (window.distance or 0) // spec.protocol.window
+            before = self._windows(index - n_before, index)
+            scorer.scores([replace(w, targets=np.full_like(w.targets, -1)) for w in before])
 
     def _row(self, window: Window, nll: npt.NDArray[np.float64], shard: Shard) -> dict[str, Any]:
         import numpy as np
@@ -267,13 +259,15 @@ class EvalWorker:
 
         wrong = np.flatnonzero(~np.isfinite(nll))
         if wrong.size:
-            position = int(np.flatnonzero(window.targets >= 0)[wrong[0]])
+            position = window.position + int(np.flatnonzero(window.targets >= 0)[wrong[0]])
             raise ScoreError(
                 f"window {window.index}: negative log-likelihood at position {position} is {nll[wrong[0]]}, "
                 f"expected a finite number ({wrong.size} of {nll.size} are not)",
                 "the model's weights overflow or hold NaN; check the file's SHA-256 and how it was made",
             )
         total, squares = window_sums(nll)
+        half = None if window.half is None else nll[window.half :]
+        half_total, half_squares = (None, None) if half is None else window_sums(half)
         return {
             **self.spec.columns,
             "window": window.index,
@@ -281,6 +275,10 @@ class EvalWorker:
             "n_scored": int(nll.size),
             "nll_sum_nats": total,
             "nll_sq_sum": squares,
+            "half_n_scored": None if half is None else int(half.size),
+            "half_nll_sum_nats": half_total,
+            "half_nll_sq_sum": half_squares,
+            "distance": window.distance,
             "n_tokens": int(window.tokens.size),
             "first_token": window.first_token,
             "shard": shard.id,

@@ -30,6 +30,8 @@ class FakeFile:
             raise engine.GGUFFormatError(f"{path}: ends at byte {len(raw)}, expected more")
         if raw[4:8] == b"what":
             self.metadata = {"general.architecture": "what"}
+        elif raw[4:8] == b"mamb":
+            self.metadata = {"general.architecture": "mamba"}
         else:
             self.metadata = {"general.architecture": "llama", "llama.context_length": 64}
         with Path(path).open("rb") as file:
@@ -74,11 +76,29 @@ class FakeCache:
         self.cells.clear()
         return True
 
+    def keep(self, slot):
+        self.cells = {slot: self.cells[slot]}
+        return True
+
+    def length(self, slot):
+        return len(self.cells.get(slot, []))
+
+    def describe(self):
+        return {"kind": "fake"}
+
+    def dump(self, slots):
+        held = [np.array(self.cells[slot], np.int32) for slot in slots]
+        return [array.size for array in held], iter(held)
+
+    def load(self, slots, inventory, read):
+        for slot, size in zip(slots, inventory, strict=True):
+            self.cells[slot] = read((size,), np.int32).tolist()
+
 
 class FakeModel:
     """-ln p of a target is a checksum of every token that its slot has seen up to that position."""
 
-    calls = 0
+    calls = tokens = 0
 
     def __init__(self, batch_tokens):
         self.batch_tokens = batch_tokens
@@ -91,12 +111,13 @@ class FakeModel:
         assert batch.slots.max() < cache.n_slots
         assert batch.positions.max() < cache.capacity
         type(self).calls += 1
+        type(self).tokens += len(batch)
         out = []
         for token, position, slot, target in zip(
             batch.tokens, batch.positions, batch.slots, batch.targets, strict=True
         ):
             seen = cache.cells.setdefault(int(slot), [])
-            assert len(seen) == position, "positions come in order and a cache starts empty"
+            assert len(seen) == position, "positions come in order and go on from what the cache holds"
             seen.append(int(token))
             if target >= 0:
                 out.append(zlib.crc32(np.array([*seen, target], np.int32).tobytes()) / 2**32 * 9)
@@ -106,7 +127,7 @@ class FakeModel:
 def _check_supported(file):
     import engine
 
-    if file.metadata["general.architecture"] != "llama":
+    if file.metadata["general.architecture"] not in ("llama", "mamba"):
         raise engine.UnsupportedModel(f"{file.path}: architecture 'what', expected llama")
 
 
@@ -114,7 +135,7 @@ def install(monkeypatch):
     """Replace the engine for one test; processes other than this one keep the real one."""
     import engine
 
-    FakeModel.calls = 0
+    FakeModel.calls = FakeModel.tokens = 0
     fakes = {
         "open": FakeFile,
         "Tokenizer": FakeTokenizer,

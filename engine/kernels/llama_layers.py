@@ -15,8 +15,10 @@ from engine.kernels._jit import kernel
 from engine.kernels.attention import attend, store_keys_values
 from engine.kernels.native import meet, ticks
 from engine.kernels.norm import add_rms_norm, norm_heads
+from engine.kernels.panels import embed
 from engine.kernels.product import (
     ATTEND,
+    EMBED,
     NORM,
     ROTATE,
     STORE,
@@ -39,6 +41,8 @@ class Layers(NamedTuple):
     Attributes:
         matrices: (L, 7, FIELDS) int64, in the order Q K V OUT GATE UP DOWN.
         attn_norm, ffn_norm: (L, D) float32.
+        output_norm: (D,) float32, after the last layer.
+        embedding: (FIELDS,) int64; `embedding_scale` multiplies it.
         q_norm, k_norm: (L, K) float32, or (L, 0) where heads are not normed.
         rotated: (L,) uint8, 1 where queries and keys turn with their positions.
     """
@@ -49,6 +53,9 @@ class Layers(NamedTuple):
     q_norm: NDArray[np.float32]
     k_norm: NDArray[np.float32]
     rotated: NDArray[np.uint8]
+    output_norm: NDArray[np.float32]
+    embedding: NDArray[np.int64]
+    embedding_scale: np.float32
 
 
 class Shape(NamedTuple):
@@ -95,15 +102,16 @@ def _norm(stream, weight, eps, share, work):
 
 @kernel
 def run_layers(
-    first, last, layers, shape, stream, slots, cells, present, starts, counts, keys, values, share, work,
-    gate,
+    first, last, layers, shape, stream, tokens, slots, cells, present, starts, counts, keys, values, share,
+    work, gate,
 ):  # fmt: skip
     """Layers first <= l < last for this thread's share.
 
-    On entry `stream.normed` is what the first norm adds to `stream.x`; on return what the next one adds.
+    The first one begins with the embeddings of `tokens`. What a layer adds to `stream.x` is left in
+    `stream.normed`, after the last one the final norm.
 
     Args:
-        slots, cells: (T,) int32, where each token's keys go; present: (S, C) uint8.
+        tokens, slots, cells: (T,) int32, where each token's keys go; present: (S, C) uint8.
         starts, counts: (n,) int64, the runs of tokens of one slot that this thread's attention takes.
         keys, values: of all layers, or of one that serves them all; see engine.state.KVCache.
         gate: (1,) int64 zero, the same for all threads of this call (engine.kernels.native.meet).
@@ -113,6 +121,11 @@ def run_layers(
     head0, head1 = own_part(s.n_heads, share)
     group0, group1 = own_part(s.n_kv_heads, share)
     p0, p1 = own_panels(share)
+    if first == 0:
+        began = ticks()
+        stream.x[share.first : share.last] = np.float32(0.0)  # the first norm adds the embedding
+        embed(layers.embedding, tokens, layers.embedding_scale, share.first, share.last, work, normed)
+        spend(work, EMBED, began)
     for index in range(first, last):
         m = layers.matrices[index]
         kept = index if keys.shape[0] > 1 else 0
@@ -156,3 +169,5 @@ def run_layers(
         project(m[DOWN], ff, normed, share, work)
         if share.by_rows or keys.shape[0] == 1:
             _meet(gate, share, work)  # before the next layer's keys replace those that others still read
+    if last == layers.rotated.size:
+        _norm(stream, layers.output_norm, s.norm_eps, share, work)

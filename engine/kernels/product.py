@@ -41,10 +41,9 @@ from engine.quants.strips import pack_f32
 
 # Fields of a weight: addresses of the packer (0: none) and the decoder, of the data and the bias (0: none);
 # bytes of the data and of a row, blocks of a row, weights of a packer's unit; addresses of the kernels of
-# engine.quants.dots (0: none), for 1 token, 1 token and two strips, 2, 4 and 8 tokens.
+# engine.quants.dots (0: none), for 1, 2, 4 and 8 tokens.
 PACK, DECODE, DATA, BIAS, N_BYTES, ROW_BYTES, ROW_BLOCKS, UNIT, ROWS, COLUMNS = range(10)
-DOT_1, DOT_1_TWICE, DOT_2, DOT_4, DOT_8 = range(10, 15)
-FIELDS = 15
+DOT_1, DOT_2, DOT_4, DOT_8, FIELDS = range(10, 15)
 
 # Working memory of a thread, an int64 table of addresses (engine.weights.Work): rows of a weight that has no
 # packer, decoded; two groups of strips; the product of a group with a panel; the operands of `few_tile`; sums
@@ -183,23 +182,14 @@ def few_product(m, first, n_strips, n_tokens, work, packs):
     by_dots = m[DOT_1 if n == 1 else DOT_2 if n == 2 else DOT_4 if n == 4 else DOT_8]
     out, row = floats_at(work[FEW_OUT], n * width), first * STRIP
     if by_dots != 0 and row + width <= m[ROWS]:
-        n_units, s = depth // m[UNIT], 0
-        while s < n_strips:
-            at = m[DATA] + (row + s * STRIP) * m[ROW_BYTES]
-            to = work[FEW_OUT] + s * STRIP * 4
-            if n == 1 and s + 2 <= n_strips:
-                call_dot(m[DOT_1_TWICE], at, m[ROW_BYTES], n_units, work[FEW_X], to)
-                s += 2
-            elif n == 1:
-                call_dot(by_dots, at, m[ROW_BYTES], n_units, work[FEW_X], to)
-                s += 1
-            else:
-                call_dot(by_dots, at, m[ROW_BYTES], n_units, work[FEW_X], packs)
-                part = floats_at(packs, n * STRIP)
+        n_units, part = depth // m[UNIT], floats_at(packs, n * STRIP)
+        for s in range(n_strips):
+            at, to = m[DATA] + (row + s * STRIP) * m[ROW_BYTES], work[FEW_OUT] + s * STRIP * 4
+            call_dot(by_dots, at, m[ROW_BYTES], n_units, work[FEW_X], to if n == 1 else packs)
+            if n > 1:
                 for i in range(n):
                     for r in range(STRIP):
                         out[i * width + s * STRIP + r] = part[i * STRIP + r]
-                s += 1
     else:
         unpack(m, first, n_strips, work, packs)
         began = ticks()

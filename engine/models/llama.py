@@ -31,13 +31,12 @@ from engine.errors import CapacityError, UnsupportedModel
 from engine.hparams import LlamaParams, Rope, llama_params
 from engine.kernels.llama_layers import Layers, Shape, Stream, run_layers
 from engine.kernels.logprob import score, write_logits
-from engine.kernels.norm import add_rms_norm
-from engine.kernels.panels import embed, gather_columns
+from engine.kernels.panels import gather_columns
 from engine.kernels.product import Share
 from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table
 from engine.kernels.tile import FEW, NR, STRIP
 from engine.state import KVCache, Rotation, kv_bytes
-from engine.weights import Crew, Fields, Work, aligned, matrix, optional_vector, tasks, vector, work_bytes
+from engine.weights import Crew, Fields, Matrix, Work, aligned, matrix, optional_vector, tasks, vector, work_bytes
 
 if TYPE_CHECKING:
     from engine.batch import Batch
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 class _Weights:
     """Weights of all layers; owns the private copies of norms and biases."""
 
-    def __init__(self, file: GGUFFile, p: LlamaParams) -> None:
+    def __init__(self, file: GGUFFile, p: LlamaParams, embedding: Matrix) -> None:
         q_width, kv_width = p.n_heads * p.head_width, p.n_kv_heads * p.head_width
         shapes = {
             "attn_q": (q_width, p.width), "attn_k": (kv_width, p.width), "attn_v": (kv_width, p.width),
@@ -66,7 +65,11 @@ class _Weights:
             [matrix(file, f"blk.{i}.{name}.weight", *shape) for name, shape in shapes.items()] for i in layers
         ]
         rotated = np.array([every == 0 or (i + 1) % every != 0 for i in layers], np.uint8)
-        self.layers = Layers(self._fields(), attn_norm, ffn_norm, q_norm, k_norm, rotated)
+        output_norm = vector(file, "output_norm.weight", p.width) / np.float32(p.logit_scale)
+        self.layers = Layers(
+            self._fields(), attn_norm, ffn_norm, q_norm, k_norm, rotated, output_norm, embedding.fields,
+            np.float32(p.embedding_scale / p.residual_scale),
+        )  # fmt: skip
 
     def _fields(self) -> Fields:
         return np.stack([[m.fields for m in row] for row in self._matrices])
@@ -89,17 +92,14 @@ class Llama:
         self._embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
         tied = "output.weight" not in file.tensors
         self._head = self._embedding if tied else matrix(file, "output.weight", p.n_vocab, p.width)
-        self._weights = _Weights(file, p)
+        self._weights = _Weights(file, p, self._embedding)
         self._has_dots = False  # needed, and compiled, by the first batch of few tokens
-        self._output_norm = vector(file, "output_norm.weight", p.width) / np.float32(p.logit_scale)
-        self._embedding_scale = np.float32(p.embedding_scale / p.residual_scale)
-        self._norm_eps = p.norm_eps / p.residual_scale / p.residual_scale
         self._frequencies, self._magnitude = _rotation(file, p.rope)
         _refuse_strangers(file, p)
 
         self._shape = Shape(
             p.n_heads, p.n_kv_heads, p.head_width, p.rope.halves, np.float32(p.attention_scale),
-            self._norm_eps, p.norm_eps,
+            p.norm_eps / p.residual_scale / p.residual_scale, p.norm_eps,
         )  # fmt: skip
         self._crew = Crew(threads, lambda: Work(_depths(p), p.head_width))
         self._stream = Stream(*(aligned(*shape) for shape in _stream_shapes(p, batch_tokens)))
@@ -189,29 +189,17 @@ class Llama:
         runs = [tasks(slots, share) for share in shares]
         s, layers = self._stream, self._weights.layers
         rope_table(positions, self._frequencies, self._magnitude, s.cos, s.sin)
-
-        def begin(share: Share, work: Fields) -> None:
-            s.x[share.first : share.last] = 0  # the first norm adds the embedding
-            fields, scale = self._embedding.fields, self._embedding_scale
-            embed(fields, tokens, scale, share.first, share.last, work, s.normed)
-
-        def finish(share: Share, work: Fields) -> None:
-            weight, eps = self._output_norm, self._norm_eps
-            add_rms_norm(s.x, s.normed, weight, eps, share.first, share.last, tokens.size, work, s.normed)
-
-        self._crew.run(begin, shares)
-        step = self.params.n_layers if shares[0].by_rows else 1  # large batches: Python hears signals between
+        step = self.params.n_layers if shares[0].n_panels <= 8 else 1  # between calls Python hears signals
         for first in range(0, self.params.n_layers, step):
             gate = np.zeros(1, np.int64)
 
             def call(share: Share, work: Fields, first: int = first, gate: Fields = gate) -> None:
                 run_layers(
-                    first, first + step, layers, self._shape, s, slots, cells, cache.present,
+                    first, first + step, layers, self._shape, s, tokens, slots, cells, cache.present,
                     *runs[share.thread], cache.keys, cache.values, share, work, gate,
                 )  # fmt: skip
 
             self._crew.run(call, shares)
-        self._crew.run(finish, shares)
 
     def _gathered(self, batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The final norm of the batch's tokens `rows`, side by side in the feed-forward's panels."""

@@ -34,8 +34,7 @@ def _legacy(scale: int, minimum: int | None, quants: int, fifths: int | None):
     """Nibbles: weight i is low nibble i, weight 16 + i high nibble i; at `fifths` a word of fifth bits."""
 
     def write(s: Strip) -> None:
-        d = s.half(scale)
-        least = None if minimum is None else s.half(minimum)
+        d, least = (s.half(scale), None) if minimum is None else s.halves(s.word(scale))
         fifth = None if fifths is None else s.word(fifths)
         words = s.words(quants)
         for high in range(2):

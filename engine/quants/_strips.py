@@ -34,6 +34,11 @@ def ints(value: int) -> ir.Constant:
     return ir.Constant(INTS, [I32(value)] * STRIP)
 
 
+def numbers(value: float) -> ir.Constant:
+    """STRIP times a float32."""
+    return ir.Constant(FLOATS, [F32(value)] * STRIP)
+
+
 def octets(values: Sequence[int]) -> ir.Constant:
     """Bytes, repeated to fill a vector."""
     return ir.Constant(BYTES, [I8(value & 255) for value in values] * (BYTES.count // len(values)))
@@ -115,8 +120,7 @@ class Strip:
             return b.fpext(b.bitcast(halves, ir.VectorType(ir.HalfType(), STRIP)), FLOATS)
         bits = b.zext(halves, INTS)  # as engine.kernels.simd.half_to_f32
         magnitude = b.shl(b.and_(bits, ints(0x7FFF)), ints(13))
-        scale = ir.Constant(FLOATS, [F32(2.0**112)] * STRIP)
-        finite = b.bitcast(b.fmul(b.bitcast(magnitude, FLOATS), scale), INTS)
+        finite = b.bitcast(b.fmul(b.bitcast(magnitude, FLOATS), numbers(2.0**112)), INTS)
         special = b.or_(magnitude, ints(0x7F800000))
         body = b.select(b.icmp_unsigned(">=", magnitude, ints(0x0F800000)), special, finite)
         return b.bitcast(b.or_(body, b.shl(b.and_(bits, ints(0x8000)), ints(16))), FLOATS)
@@ -250,14 +254,18 @@ class FloatStrip(Strip):
         self.builder.store(values, self.builder.bitcast(pointer, FLOATS.as_pointer())).align = 4
 
     def weights(self, column: int, words: Sequence[ir.Value], scale, least=None) -> None:
+        # A byte under the exponent of 2^23 is 2^23 + q, or 2^23 + 256 q one byte further up: cheaper than to
+        # move it down, mask it and convert it. The difference, and the scale over 256, are exact.
+        b = self.builder
+        scales = scale, b.fmul(scale, numbers(1 / 256))
+        offset = self.offset if least is None else 0
         for i, four in enumerate(words):
-            for k in range(4):
-                at = column + 4 * i + k
-                if least is None:
-                    q = self.floats(self.signed(self.subtracted(four, self.offset), 8 * k, 8))
-                    self.put(at, self.builder.fmul(q, scale))
-                else:
-                    self.put(at, self._fma(scale, self.floats(self.field(four, 8 * k, 8)), least))
+            for k, pair in enumerate((four, four, b.lshr(four, ints(16)), b.lshr(four, ints(16)))):
+                up = k % 2
+                bits = b.or_(b.and_(pair, ints(255 << 8 * up)), ints(0x4B000000))
+                q = b.fsub(b.bitcast(bits, FLOATS), numbers(2.0**23 + offset * 256**up))
+                value = b.fmul(q, scales[up]) if least is None else self._fma(scales[up], q, least)
+                self.put(column + 4 * i + k, value)
 
     def _fma(self, a, b, c):
         """a * b + c, rounded once."""

@@ -1,4 +1,4 @@
-"""What the protocols share: each defines the windows of one piece of a stream; limit and measure are alike."""
+"""What protocols share: each defines the windows of one piece of a stream; limit and measure are alike."""
 
 from __future__ import annotations
 

@@ -61,6 +61,10 @@ class FakeWorker:
             os._exit(1)
         if first in spec.get("faulty", ()):
             raise ValueError(f"window {first} is wrong")
+        if shard.resumes and not Path(spec["folder"], f"state-{first}").exists():
+            raise ValueError(f"window {first} is too early")
+        if shard.hands_on:
+            Path(spec["folder"], f"state-{shard.end}").touch()
         sys.stdout.flush()
         return FakeResult(shard, os.getpid(), os.environ.get("NUMBA_NUM_THREADS", ""))
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline import runtime
@@ -101,6 +102,52 @@ def test_a_queue_hands_out_a_files_shards_before_the_next_files() -> None:
     assert len(queue) == 1
     assert queue.take("a") is tasks[3], "of the next file when its own has none"
     assert not queue
+
+
+def chained(spec: Any, lengths: list[int], per_shard: int) -> list[Task]:
+    """Tasks of documents of so many windows."""
+    ends = np.cumsum(lengths)
+    return [Task(spec, shard, "a") for shard in plan(int(ends[-1]), per_shard, ends - lengths)]
+
+
+def test_a_queue_hands_a_follower_out_when_the_one_before_is_done_and_first() -> None:
+    tasks = chained({}, [3, 1, 1], 1)
+    queue = Queue(tasks)
+    assert (len(queue), queue.take()) == (3, tasks[0])
+    assert queue.tasks() == [tasks[3], tasks[4], tasks[1], tasks[2]]
+    queue.put(tasks[0])  # its worker died
+    assert [queue.take(), queue.take(), queue.take(), len(queue)] == [tasks[3], tasks[4], tasks[0], 0]
+    queue.put(tasks[4])
+    queue.done(tasks[0])
+    assert (len(queue), queue.take()) == (2, tasks[1])
+    queue.done(tasks[1])
+    assert [queue.take(), queue.take()] == [tasks[2], tasks[4]]
+    assert not queue.tasks()
+
+
+def test_a_queue_of_what_is_left_of_a_document_begins_anywhere_and_runs_do_not_mix() -> None:
+    one, other = {"run": 1}, {"run": 2}
+    left = chained(one, [6], 1)[2:4] + chained(other, [6], 1)[3:]
+    queue = Queue(left)
+    assert [queue.take(), queue.take(), len(queue)] == [left[0], left[2], 0]
+    assert queue.failed(left[0]) == [
+        ShardFailure(left[1], "not reached", "it goes on from shard 2, which was set aside", 0)
+    ]
+    assert queue.tasks() == left[3:]
+
+
+def test_inline_sets_aside_what_follows_a_faulty_shard_and_finishes_the_rest(tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "faulty": [2]}
+    results: list[Any] = []
+    tasks = chained(spec, [1, 5, 1], 1)
+    failures = inline(spec).run(tasks, lambda _, result: results.append(result))
+    assert [result.shard.first_window for result in results] == [0, 1, 6]
+    assert [(failure.shard.first_window, failure.kind) for failure in failures] == [
+        (2, "error"),
+        (3, "not reached"),
+        (4, "not reached"),
+        (5, "not reached"),
+    ]
 
 
 def test_inline_lets_an_interrupt_through(tmp_path: Path) -> None:

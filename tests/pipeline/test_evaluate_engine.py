@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from make_gguf import tiny_llama
 
+import engine
 from pipeline import evaluate
 from pipeline.datasets import WIKITEXT2_SHA256
 from pipeline.errors import ModelError
@@ -52,6 +53,27 @@ def test_the_real_engine_gives_one_digest_for_any_batch_and_shard(tiny):
     ]
     assert {s["nll_sha256"] for s in others} == {first["nll_sha256"]}
     assert {s["run_key"] for s in others} == {first["run_key"]}
+
+
+def test_attention_carries_one_context_to_one_digest(tiny, tmp_path):
+    """The text as one sequence: keys and values go from shard to shard by file."""
+    protocol = ProtocolSettings("carry", 32, limit=4)  # 128 tokens, which the model was trained for
+    runs = [
+        tiny("a", protocol=protocol, engine=EngineSettings(batch_tokens=4096)),
+        tiny("b", protocol=protocol, engine=EngineSettings(batch_tokens=13)),
+        tiny("c", protocol=protocol, engine=EngineSettings(batch_tokens=65, threads=2)),
+        tiny("d", protocol=protocol, cluster=ClusterSettings("inline", windows_per_shard=1)),
+    ]
+    found = [evaluate(settings).summary for settings in runs]
+    assert len({(s["nll_sha256"], s["run_key"], s["half_ppl"]) for s in found}) == 1
+    with engine.open(str(tmp_path / "tiny.gguf")) as file:
+        tokens = engine.Tokenizer(file).encode(TEXT)[:128]
+        model = engine.load_model(file, batch_tokens=tokens.size)
+        batch = engine.Batch(tokens[:-1], np.arange(tokens.size - 1), targets=tokens[1:])
+        scores = model.nll(batch, model.new_cache(1, tokens.size))
+        del model
+    assert found[0]["n_scored"] == scores.size == 127
+    assert found[0]["nll_mean_nats"] == pytest.approx(scores.mean(), rel=1e-14)
 
 
 def test_a_cut_model_is_refused_by_the_real_reader(tiny, tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -109,6 +110,28 @@ def test_each_worker_opens_each_file_once_and_none_waits_for_the_other(
     assert {file for file, _ in turns} == {"b"}, "all began with the first file"
     assert set(turns.values()) == {1}
     assert len(turns) == 2
+
+
+def test_documents_go_from_shard_to_shard_in_order_and_poison_stops_its_own_only(
+    executor: Executor, tmp_path: Path
+) -> None:
+    """A worker that is handed a shard before the state is there raises."""
+    spec: Any = {"folder": str(tmp_path), "seconds": 0.02, "poison": [9]}
+    lengths = np.array([4, 1, 3, 4, 1])
+    shards = plan(13, 1, np.cumsum(lengths) - lengths)
+    executor.start([spec])
+    done: list[int] = []
+    failures = executor.run(
+        [Task(spec, shard) for shard in shards], lambda task, _: done.append(task.shard.first_window)
+    )
+    assert [(failure.shard.first_window, failure.kind, failure.attempts) for failure in failures] == [
+        (9, "killed", 3),
+        (10, "not reached", 0),
+        (11, "not reached", 0),
+    ]
+    assert sorted(done) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 12]
+    marks = Counter(int(path.name.split(".")[0]) for path in tmp_path.glob("[0-9]*"))
+    assert marks == dict.fromkeys(done, 1) | {9: 3}
 
 
 def test_a_killed_worker_loses_no_shard(executor: Executor, tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def test_shorter_than_two_windows_is_refused_with_both_counts():
 
 def test_unknown_protocols_are_refused(stream_of):
     assert open_protocol(ProtocolSettings(window=7), 3, stream_of("ab")) == Windows(7, None, 3)
-    with pytest.raises(SettingsError, match="carry"):
-        open_protocol(ProtocolSettings("carry"), None, stream_of("ab"))
+    with pytest.raises(SettingsError, match="kerry"):
+        open_protocol(ProtocolSettings("kerry"), None, stream_of("ab"))
 
 
 def test_measure_and_key_of_a_text_are_what_they_were():
