@@ -1,8 +1,12 @@
-"""Metadata of a GGUF file as one frozen record per architecture; the only place that knows metadata keys."""
+"""Metadata of a GGUF file as one frozen record per architecture: how keys are read, and LLaMA's.
+
+Mamba's are in engine.mamba_params; no other place knows metadata keys.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +41,8 @@ LLAMA_VARIANTS = {
     "smollm3": Variant(unrotated_every=4),
     "granite": Variant(output_bias=True, scales=True),
 }
+MAMBA_ARCHITECTURES = ("mamba", "mamba2")
+ARCHITECTURES = (*LLAMA_VARIANTS, *MAMBA_ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,25 @@ def architecture(file: GGUFFile) -> str:
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
         raise UnsupportedModel(f"{file.path}: no general.architecture in the metadata; is this a model file?")
-    if name not in LLAMA_VARIANTS:
+    if name not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{file.path}: architecture {name!r} is not supported; supported: {', '.join(LLAMA_VARIANTS)}"
+            f"{file.path}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     return name
+
+
+def n_vocab(file: GGUFFile) -> int:
+    """Rows of the embedding, padding included.
+
+    Raises:
+        UnsupportedModel: there is no embedding.
+    """
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UnsupportedModel(
+            f"{file.path}: no two-dimensional tensor token_embd.weight; is this a model file?"
+        )
+    return embedding.shape[0]
 
 
 def llama_params(file: GGUFFile) -> LlamaParams:
@@ -102,12 +122,8 @@ def llama_params(file: GGUFFile) -> LlamaParams:
     """
     name = architecture(file)
     variant = LLAMA_VARIANTS[name]
-    keys = _Keys(file, name)
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise UnsupportedModel(
-            f"{file.path}: no two-dimensional tensor token_embd.weight; is this a model file?"
-        )
+    keys = Keys(file, name)
+    vocabulary = n_vocab(file)
     width, n_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     head_width = keys.integer("attention.key_length", max(1, width // n_heads))
     n_ctx_train = keys.integer("context_length")
@@ -117,7 +133,7 @@ def llama_params(file: GGUFFile) -> LlamaParams:
 
     params = LlamaParams(
         architecture=name,
-        n_vocab=embedding.shape[0],
+        n_vocab=vocabulary,
         n_ctx_train=n_ctx_train,
         n_layers=keys.integer("block_count"),
         width=width,
@@ -143,7 +159,7 @@ def llama_params(file: GGUFFile) -> LlamaParams:
     return params
 
 
-class _Keys:
+class Keys:
     """Reads the keys behind an architecture's name, and remembers which."""
 
     def __init__(self, file: GGUFFile, name: str) -> None:
@@ -185,12 +201,33 @@ class _Keys:
         """What to raise of a value that cannot be used."""
         return UnsupportedModel(f"{self.path}: {self.prefix}{key} is {value!r}; expected {expected}")
 
+    def flag(self, key: str) -> bool:
+        """A bool, False where it is missing."""
+        value = self._get(key, False)
+        if not isinstance(value, bool):
+            raise self.refusal(key, value, "true or false")
+        return value
+
+    def refuse_others(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raises UnsupportedModel for a key that nothing has read, unless its value says "off".
+
+        neutral: what says so, where it is not 0 or "".
+        """
+        for key, value in self.found.items():
+            if key in self.asked or key in ("vocab_size", "tensor_data_layout"):
+                continue
+            allowed = neutral.get(key, (0, ""))
+            if not isinstance(value, (bool, int, float, str)) or value not in allowed:
+                raise UnsupportedModel(
+                    f"{self.path}: {self.prefix}{key} = {value!r} is not supported; expected {allowed[0]!r}"
+                )
+
     def _get(self, key: str, default: Any) -> Any:
         self.asked.add(key)
         return self.found.get(key, default)
 
 
-def _rope(keys: _Keys, variant: Variant, head_width: int, n_ctx_train: int) -> Rope:
+def _rope(keys: Keys, variant: Variant, head_width: int, n_ctx_train: int) -> Rope:
     """Rotary positions and their scaling; without a type, a factor means linear scaling, as in old files."""
     type_ = keys.text("rope.scaling.type", "linear") or "none"
     if type_ not in ("none", "linear", "yarn"):
@@ -221,11 +258,8 @@ def _rope(keys: _Keys, variant: Variant, head_width: int, n_ctx_train: int) -> R
     )
 
 
-def _refuse_switches(keys: _Keys, params: LlamaParams) -> None:
-    """Raises UnsupportedModel for a key that asks for what the engine would silently leave out.
-
-    That is any key which nothing above has read, unless its value says "off".
-    """
+def _refuse_switches(keys: Keys, params: LlamaParams) -> None:
+    """Raises UnsupportedModel for a key that asks for what the engine would silently leave out."""
     neutral: dict[str, tuple[Any, ...]] = {
         "attention.value_length": (params.head_width,),
         "attention.causal": (True,),
@@ -239,11 +273,4 @@ def _refuse_switches(keys: _Keys, params: LlamaParams) -> None:
         # Granite's files turn rotation off by it; in others it is a remark.
         "rope.scaling.finetuned": (True,) if params.variant.scales else (False, True),
     }
-    for key, value in keys.found.items():
-        if key in keys.asked or key in ("vocab_size", "tensor_data_layout"):
-            continue
-        allowed = neutral.get(key, (0, ""))
-        if not isinstance(value, (bool, int, float, str)) or value not in allowed:
-            raise UnsupportedModel(
-                f"{keys.path}: {keys.prefix}{key} = {value!r} is not supported; expected {allowed[0]!r}"
-            )
+    keys.refuse_others(neutral)

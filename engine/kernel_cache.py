@@ -55,7 +55,10 @@ def cache_dir() -> Path | None:
 
 
 def is_warm(file: GGUFFile) -> bool:
-    """Whether `engine.warm_up` of a file with the same tensor types has finished here, on a CPU like this."""
+    """Whether `engine.warm_up` of a file of that architecture and those tensor types has finished here.
+
+    On a CPU like this one.
+    """
     marker = _marker(file)
     return marker is not None and marker.exists()
 
@@ -69,6 +72,7 @@ def mark_warm(file: GGUFFile) -> None:
 
 def _marker(file: GGUFFile) -> Path | None:
     types = sorted({tensor.type.name for tensor in file.tensors.values()})
-    key = "\n".join([cpu_name(), *sorted(cpu_features()), *types])
+    name = str(file.metadata.get("general.architecture"))
+    key = "\n".join([cpu_name(), *sorted(cpu_features()), name, *types])
     folder = cache_dir()
     return folder and folder / f"warm-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

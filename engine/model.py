@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.hparams import architecture, llama_params
+from engine.hparams import MAMBA_ARCHITECTURES, LlamaParams, architecture, llama_params
 from engine.kernel_cache import mark_warm
+from engine.mamba_params import MambaParams, mamba_params
 from engine.quants import SUPPORTED, decoder
 
 if TYPE_CHECKING:
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engine.batch import Batch
+    from engine.cache import Cache
     from engine.gguf import GGUFFile
-    from engine.state import KVCache
 
-RECURRENT = ("mamba", "mamba2")
+ACTIVATIONS = ("f32", "int8")
+
 log = logging.getLogger(__name__)
 
 
@@ -32,26 +34,27 @@ class Model(Protocol):
     def nbytes(self) -> int:
         """Bytes of activations and scratch, without weights and caches."""
 
-    def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> KVCache:
-        """A cache of `n_slots` sequences of up to `capacity` positions.
+    def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> Cache:
+        """A cache of `n_slots` sequences of up to `capacity` positions; a recurrent one takes any number.
 
         Args:
-            kv: `f32`, or `f16` for halves.
+            kv: `f32`, or `f16` for halves; a recurrent state is float32 always.
             fleeting: for sequences that are whole in one batch: the memory of one layer serves all.
         """
 
-    def nll(self, batch: Batch, cache: KVCache) -> NDArray[np.float64]:
+    def nll(self, batch: Batch, cache: Any) -> NDArray[np.float64]:
         """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,).
 
-        The batch's keys and values stay in `cache`. Log-sum-exp runs in float64 over the whole vocabulary,
-        block by block; no row of logits is kept.
+        The batch's keys and values, or the states of its sequences, stay in `cache`, which this model made.
+        Log-sum-exp runs in float64 over the whole vocabulary, block by block; no row of logits is kept.
 
         Raises:
             CapacityError: more tokens than `batch_tokens`, or slots or positions outside the cache.
-            ValueError: token ids or targets outside the vocabulary, or a position that is held already.
+            ValueError: token ids or targets outside the vocabulary, or a position that is held already; of a
+                recurrent model, one that does not follow.
         """
 
-    def logits(self, batch: Batch, cache: KVCache) -> NDArray[np.float32]:
+    def logits(self, batch: Batch, cache: Any) -> NDArray[np.float32]:
         """Logits of every token marked in `batch.outputs`: float32 (n_outputs, V); raises as `nll`."""
 
 
@@ -61,7 +64,7 @@ def check_supported(file: GGUFFile) -> None:
     Raises:
         UnsupportedModel, UnsupportedQuant: naming the key or tensor and what is supported.
     """
-    llama_params(file)
+    _params(file)
     for tensor in file.tensors.values():
         if tensor.type.name not in SUPPORTED:
             decoder(tensor.type.name)  # raises, with the list of supported types
@@ -70,27 +73,43 @@ def check_supported(file: GGUFFile) -> None:
 def max_positions(file: GGUFFile) -> int | None:
     """Positions that sequences had in training; None for a recurrent model, which takes any number."""
     name = file.metadata.get("general.architecture")
-    trained = None if name in RECURRENT else file.metadata.get(f"{name}.context_length")
+    trained = None if name in MAMBA_ARCHITECTURES else file.metadata.get(f"{name}.context_length")
     return trained if isinstance(trained, int) else None
 
 
-def load_model(file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096) -> Model:
+def _params(file: GGUFFile) -> LlamaParams | MambaParams:
+    """The hyperparameters, of whatever architecture."""
+    return mamba_params(file) if architecture(file) in MAMBA_ARCHITECTURES else llama_params(file)
+
+
+def load_model(
+    file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096, activations: str = "f32"
+) -> Model:
     """The model in a mapped file, ready to decode batches of up to `batch_tokens` tokens.
 
     Weights stay quantized in the mapping; what is allocated is `nbytes`. Compiled kernels come from the disk
     cache where they are there.
 
+    Args:
+        activations: `f32`, or `int8`: what weights multiply is rounded to 8 bits a block of 32
+            (engine.kernels.int8); another subject with other scores.
+
     Raises:
         UnsupportedModel, UnsupportedQuant: as `check_supported`, and for tensors missing or misshapen.
-        ValueError: threads or batch_tokens below one.
+        ValueError: threads or batch_tokens below one, unknown activations.
     """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r}; expected one of {', '.join(ACTIVATIONS)}")
     if threads < 1 or batch_tokens < 1:
         raise ValueError(f"threads={threads}, batch_tokens={batch_tokens}; expected at least 1")
     check_supported(file)
-    architecture(file)
+    if architecture(file) in MAMBA_ARCHITECTURES:
+        from engine.models.mamba import Mamba
+
+        return Mamba(file, threads=threads, batch_tokens=batch_tokens, activations=activations)
     from engine.models.llama import Llama
 
-    return Llama(file, threads=threads, batch_tokens=batch_tokens)
+    return Llama(file, threads=threads, batch_tokens=batch_tokens, activations=activations)
 
 
 def footprint(
@@ -102,18 +121,24 @@ def footprint(
     capacity: int = 1,
     kv: str = "f32",
     fleeting: bool = False,
+    activations: str = "f32",
 ) -> int:
     """Bytes that `load_model` and `new_cache` with these arguments will allocate; allocates nothing.
 
     Raises:
         UnsupportedModel: as `check_supported`.
     """
-    from engine.models.llama import footprint
+    p = _params(file)
+    if isinstance(p, MambaParams):
+        from engine.models import mamba
 
-    return footprint(llama_params(file), threads, batch_tokens, n_slots, capacity, kv, fleeting)
+        return mamba.footprint(p, threads, batch_tokens, n_slots, activations)
+    from engine.models import llama
+
+    return llama.footprint(p, threads, batch_tokens, n_slots, capacity, kv, fleeting, activations)
 
 
-def warm_up(file: GGUFFile) -> float:
+def warm_up(file: GGUFFile, activations: str = "f32") -> float:
     """Compiles, or loads from disk, every kernel that scoring this file needs; seconds spent compiling.
 
     On a machine with several workers one of them calls this before the others start.
@@ -123,7 +148,7 @@ def warm_up(file: GGUFFile) -> float:
 
     with CompileTimer() as timer:
         size = 16  # more than a few tokens, which other kernels multiply
-        model = load_model(file, batch_tokens=size)
+        model = load_model(file, batch_tokens=size, activations=activations)
         targets = [0] + [-1] * (size - 1)
         model.nll(Batch([0] * size, range(size), targets=targets), model.new_cache(1, size))
     mark_warm(file)

@@ -30,8 +30,8 @@ class RecurrentCache:
     Args:
         n_slots: sequences that can be held at once.
         n_layers: of the model.
-        shapes: of the arrays that a layer keeps of a sequence, for Mamba (W - 1, E) or (E, W - 1) of its
-            convolution and (N, E) of its state space.
+        shapes: of the arrays that a layer keeps of a sequence, for Mamba of its convolution and of its state
+            space (engine.kernels.ssm).
         n_cells: different states that can be held at once; as many as slots where it is not given. Sequences
             that were copied and not continued since share a cell.
 

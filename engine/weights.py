@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModel
 from engine.kernels.attention import BLOCK
+from engine.kernels.int8 import multiplier
 from engine.kernels.logprob import HEAD_ROWS
-from engine.kernels.native import DECODE_SIGNATURE, DOT_SIGNATURE, PACK_SIGNATURE, address_of
+from engine.kernels.native import (
+    DECODE_SIGNATURE,
+    DOT_SIGNATURE,
+    MULTIPLY8_SIGNATURE,
+    PACK_SIGNATURE,
+    address_of,
+)
 from engine.kernels.product import (
     ACC,
     BLOCK_KEYS,
@@ -25,13 +32,18 @@ from engine.kernels.product import (
     FEW_X,
     FIELDS,
     MORE_PACKS,
+    OFFSET8,
+    PACK8,
     PACKS,
     PRODUCT,
+    QUANTS8,
     QUERY,
     RUNNING,
     SCORES,
+    SHARES8,
     SPARE,
     SUMS,
+    WIDTH8,
     WORK_FIELDS,
     Share,
     group_strips,
@@ -40,6 +52,7 @@ from engine.kernels.tile import FEW, MR, NR, STRIP
 from engine.quants import decoder
 from engine.quants.dots import dots
 from engine.quants.strips import packer
+from engine.quants.strips8 import packer8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,7 +74,9 @@ class Matrix:
         fields: (FIELDS,) int64, what kernels know it by (engine.kernels.product); valid while this lives.
     """
 
-    def __init__(self, tensor: Tensor, bias: NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self, tensor: Tensor, bias: NDArray[np.float32] | None = None, activations: str = "f32"
+    ) -> None:
         self.bias = np.empty(0, np.float32) if bias is None else bias
         self.rows, self.columns = tensor.shape
         self._data, self._type = tensor.data, tensor.type.name
@@ -85,27 +100,46 @@ class Matrix:
             ],
             np.int64,
         )
+        if activations == "int8":
+            self._add_int8()
+
+    def _add_int8(self) -> None:
+        pack = packer8(self._type)
+        if pack is not None and self.columns % pack.unit == 0:
+            product = multiplier(pack.group, pack.offset)
+            self.fields[PACK8 : OFFSET8 + 1] = (
+                address_of(pack.kernel, PACK_SIGNATURE),
+                address_of(product, MULTIPLY8_SIGNATURE),
+                pack.unit,
+                pack.unit_bytes,
+                pack.offset,
+            )
 
     def add_dots(self) -> None:
-        """Compiles, or loads from disk, what multiplies with few tokens; windows of a text need none of it."""
-        found = dots(self._type)
+        """Compiles, or loads from disk, what multiplies with few tokens; windows of a text need none."""
+        found = None if self.fields[PACK8] else dots(self._type)
         if found is not None and self.columns % found.unit == 0:
             for i, kernel in enumerate(found.kernels):
                 self.fields[DOT_1 + i] = address_of(kernel, DOT_SIGNATURE) if kernel else 0
 
 
-def matrix(file: GGUFFile, name: str, rows: int, columns: int) -> Matrix:
+def matrix(file: GGUFFile, name: str, rows: int, columns: int, activations: str = "f32") -> Matrix:
     """The named weight and the bias beside it, their shapes checked."""
     bias = optional_vector(file, f"{name.removesuffix('.weight')}.bias", rows)
-    return Matrix(_tensor(file, name, (rows, columns)), bias)
+    return Matrix(_tensor(file, name, (rows, columns)), bias, activations)
 
 
 def vector(file: GGUFFile, name: str, size: int) -> NDArray[np.float32]:
     """A private float32 copy of a one-dimensional weight (4 * size bytes; norms and biases)."""
-    tensor = _tensor(file, name, (size,))
+    return table(file, name, size)
+
+
+def table(file: GGUFFile, name: str, *shape: int) -> NDArray[np.float32]:
+    """The same of a small weight of any shape."""
+    tensor, size = _tensor(file, name, shape), math.prod(shape)
     out = np.empty(size, np.float32)
     decoder(tensor.type.name)(tensor.data, 0, size // tensor.type.block_size, out)
-    return out
+    return out.reshape(shape)
 
 
 def optional_vector(file: GGUFFile, name: str, size: int) -> NDArray[np.float32]:
@@ -138,22 +172,37 @@ class Work:
     Attributes:
         fields: (WORK_FIELDS,) int64, the addresses by which kernels know it (engine.kernels.product).
         clock: (CLOCKS,) int64, ticks spent on each item.
-        nbytes: bytes allocated.
     """
 
-    def __init__(self, depths: Sequence[int], head_width: int) -> None:
-        self.clock = np.zeros(CLOCKS, np.int64)
+    def __init__(self, depths: Sequence[int], head_width: int, octets: Octets | None = None) -> None:
+        self.clock, self._octets = np.zeros(CLOCKS, np.int64), octets
+        self._arrays: dict[int, NDArray[Any]] = {SUMS: np.zeros(NR, np.float64), CLOCK: self.clock}
         floats = _work_floats(depths, head_width)
-        arrays: dict[int, NDArray[Any]] = {SUMS: np.zeros(NR, np.float64), CLOCK: self.clock}
-        arrays |= {field: aligned(size) for field, size in floats.items()}
-        self._arrays = [arrays[field] for field in range(WORK_FIELDS)]
-        self.fields = np.array([array.ctypes.data for array in self._arrays], np.int64)
-        self.nbytes = work_bytes(depths, head_width)
+        self._arrays |= {field: aligned(size) for field, size in floats.items()}
+        self.fields = np.zeros(WORK_FIELDS, np.int64)
+        for field, array in self._arrays.items():
+            self.fields[field] = array.ctypes.data
+        if octets is not None:
+            self.fields[QUANTS8 : WIDTH8 + 1] = (*(a.ctypes.data for a in octets.arrays), octets.width)
 
 
 def work_bytes(depths: Sequence[int], head_width: int) -> int:
     """Bytes that a `Work` of these arguments allocates."""
     return 4 * sum(_work_floats(depths, head_width).values()) + 8 * (NR + CLOCKS)
+
+
+class Octets:
+    """Activations of a batch in 8 bits, as engine.kernels.int8 has them: quants, scales and sums."""
+
+    def __init__(self, n_panels: int, depths: Sequence[int]) -> None:
+        self.width = -(-max(depths) // 32) * 32
+        n = n_panels * self.width * NR
+        self.arrays = np.zeros(n, np.int8), np.zeros(n // 32, np.float32), np.zeros(n // 16, np.int32)
+
+
+def octets_bytes(n_panels: int, depths: Sequence[int]) -> int:
+    """Bytes that `Octets` of these arguments allocate."""
+    return n_panels * -(-max(depths) // 32) * 32 * NR * 11 // 8
 
 
 def _work_floats(depths: Sequence[int], head_width: int) -> dict[int, int]:
@@ -173,6 +222,7 @@ def _work_floats(depths: Sequence[int], head_width: int) -> dict[int, int]:
         SCORES: BLOCK * NR,
         ACC: padded * NR,
         RUNNING: 4 * NR,
+        SHARES8: -(-max(depths) // 16) * NR,
     }
 
 
@@ -186,10 +236,12 @@ class Crew:
         self.works = [make_work() for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine") if threads > 1 else None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of working memory."""
-        return sum(work.nbytes for work in self.works)
+    def clock(self) -> NDArray[np.int64]:
+        """Ticks that the threads have spent on each item, all together: (CLOCKS,)."""
+        total = np.zeros(CLOCKS, np.int64)
+        for work in self.works:
+            total += work.clock
+        return total
 
     def shares(self, n_tokens: int) -> list[Share]:
         """What each thread does of a batch of so many tokens."""

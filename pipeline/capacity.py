@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import SettingsError
 from pipeline.runtime import available_cores
-from pipeline.windows import cache_shape
 
 if TYPE_CHECKING:
     import engine
     from pipeline.settings import PerplexitySettings
+    from pipeline.windows import CacheShape
 
 BASE_BYTES = 150_000_000
 """Of a worker beside its model and its cache: the interpreter and the libraries."""
@@ -44,15 +44,14 @@ def check_threads(threads: int, key: str = "engine.threads") -> None:
 
 
 def check_run(
-    file: engine.GGUFFile, settings: PerplexitySettings, per_shard: int, n_shards: int, longest: int
+    file: engine.GGUFFile, settings: PerplexitySettings, n_shards: int, shape: Callable[[int], CacheShape]
 ) -> None:
     """Refuse a perplexity run whose workers will not fit into this host's memory.
 
     Args:
         settings: resolved.
-        per_shard: windows of a shard.
         n_shards: that can be in work at once.
-        longest: positions that a sequence may take.
+        shape: of a worker's cache, for a number of batch tokens.
 
     Raises:
         SettingsError: naming the largest `engine.batch_tokens` that fits.
@@ -71,7 +70,8 @@ def check_run(
             threads=s.engine.threads,
             batch_tokens=batch_tokens,
             kv=s.engine.kv,
-            **cache_shape(s.protocol, batch_tokens, per_shard, longest)._asdict(),
+            activations=s.engine.activations,
+            **shape(batch_tokens)._asdict(),
         )
         return n_workers * (BASE_BYTES + own) + loaded_bytes(file, s.engine.load, n_workers)
 

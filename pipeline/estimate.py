@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import results
 from pipeline.preflight import Prepared
 from pipeline.settings import PerplexitySettings
-from pipeline.windows import cache_shape
+from pipeline.windows import cache_shape, open_protocol
 
 if TYPE_CHECKING:
     import engine
@@ -101,11 +101,17 @@ class Estimator:
         s = ready.settings
         wanted = ready.spec.model_path, s.engine
         if self._model is None or self._model[0] != wanted:
-            made = engine.load_model(ready.file, threads=s.engine.threads, batch_tokens=s.engine.batch_tokens)
+            made = engine.load_model(
+                ready.file,
+                threads=s.engine.threads,
+                batch_tokens=s.engine.batch_tokens,
+                activations=s.engine.activations,
+            )
             self._model = wanted, made
         model = self._model[1]
-        spec = ready.spec
-        shape = cache_shape(s.protocol, s.engine.batch_tokens, spec.windows_per_shard, spec.longest)
+        spec, n_tokens = ready.spec, ready.stream.tokens.size
+        protocol = open_protocol(s.protocol, spec.bos_id, ready.stream)
+        shape = cache_shape(protocol, n_tokens, s.protocol, spec.windows_per_shard, s.engine.batch_tokens)
         return BASE_BYTES + model.nbytes + model.new_cache(shape.n_slots, shape.capacity).nbytes
 
 

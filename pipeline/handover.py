@@ -99,6 +99,6 @@ def drop(run_dir: Path, shards: Iterable[Shard]) -> None:
 
 def drop_all(run_dir: Path) -> None:
     """Take away all states of a run that is finished, those that were never finished writing too."""
-    for path in run_dir.glob(f"{_PREFIX}*"):
+    for path in run_dir.glob(f".*{_PREFIX[1:]}*"):  # those being written have a dot more
         with suppress(OSError):
             path.unlink(missing_ok=True)

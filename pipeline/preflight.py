@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from pipeline.errors import ModelError, RefusedError, SettingsError, StoreError
 from pipeline.settings import PerplexitySettings
 from pipeline.shards import Shard, n_abreast, plan
 from pipeline.tokens import TokenStream, token_stream
-from pipeline.windows import begin_id, open_protocol
+from pipeline.windows import begin_id, cache_shape, open_protocol
 from pipeline.worker import WorkerSpec
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class Preflight:
         bos_id = begin_id(s.protocol, tokenizer)
         protocol = open_protocol(s.protocol, bos_id, stream)
         n_windows = protocol.n_windows(stream.tokens.size)
-        longest = protocol.longest(stream.tokens.size)
         if s.protocol.name == "carry":
+            longest = protocol.longest(stream.tokens.size)
             _check_context(file, longest, s.protocol.window, stream.is_apart)
         measure = {
             **text.measure,
@@ -107,7 +108,7 @@ class Preflight:
             **protocol.measure(stream.tokens.size),
         }
         warnings += text.remarks + protocol.remarks
-        subject = provenance.subject_of(model_digest(s.model.path, cache), s.engine.kv)
+        subject = provenance.subject_of(model_digest(s.model.path, cache), s.engine.kv, s.engine.activations)
         run_key = provenance.run_key(measure, subject)
         folder = store.windows_folder(results, run_key)
         wanted: dict[str, Any] = {
@@ -127,7 +128,8 @@ class Preflight:
         shards = plan(n_windows, per_shard, protocol.begins(stream.tokens.size))
         finished = store.finished_shards(folder, shards, run_key)
         todo = [shard for shard in shards if shard not in finished.paths]
-        capacity.check_run(file, s, per_shard, n_abreast(todo), longest)
+        shape = partial(cache_shape, protocol, stream.tokens.size, s.protocol, per_shard)
+        capacity.check_run(file, s, n_abreast(todo), shape)
         spec = WorkerSpec(
             run_key=run_key,
             model_path=s.model.path,
@@ -139,7 +141,6 @@ class Preflight:
             protocol=s.protocol,
             engine=s.engine,
             windows_per_shard=per_shard,
-            longest=longest,
             run_dir=str(folder),
             cache_dir=s.paths.cache,
             columns={

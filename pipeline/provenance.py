@@ -40,7 +40,7 @@ def run_key(measure: Mapping[str, Any], subject: Mapping[str, Any]) -> str:
     return key_of([dict(measure), dict(subject)])
 
 
-def subject_of(model_sha256: str, kv: str) -> dict[str, Any]:
+def subject_of(model_sha256: str, kv: str, activations: str) -> dict[str, Any]:
     """What is asked: the file's bytes and everything in the engine that can change a bit of its scores."""
     import engine
 
@@ -48,7 +48,7 @@ def subject_of(model_sha256: str, kv: str) -> dict[str, Any]:
         "model_sha256": model_sha256,
         "adapters": "",
         "kv_type": kv,
-        "activation_type": "f32",
+        "activation_type": activations,
         "numerics": engine.NUMERICS,
     }
 

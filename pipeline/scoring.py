@@ -22,7 +22,7 @@ class Scorer:
     """Scores windows in their order, with a cache of its own.
 
     Attributes:
-        slot: of the cache, where the sequence of the last window is; a window that does not begin anew goes on
+        slot: of the cache, where the last window's sequence is; a window that does not begin anew goes on
             there.
     """
 

@@ -24,6 +24,7 @@ DATA_FORMATS = ("text", "jsonl", "parquet")
 DATA_DOCUMENTS = ("joined", "apart")
 DATA_ERRORS = ("strict", "replace")
 KV_TYPES = ("f32", "f16")
+ACTIVATIONS = ("f32", "int8")
 LOAD_MODES = ("mmap", "populate", "mlock", "copy", "prefetch")
 CLUSTER_KINDS = ("inline", "local", "ray")
 TRACKING_KINDS = ("none", "local", "server")
@@ -76,11 +77,12 @@ class ProtocolSettings:
 
 @dataclass
 class EngineSettings:
-    """How one worker computes; nothing here but `kv` can change a bit of a score."""
+    """How one worker computes; nothing here but `kv` and `activations` can change a bit of a score."""
 
     threads: int = 1
     batch_tokens: int = 4096
     kv: str = "f32"
+    activations: str = "f32"
     load: str = "mmap"
 
 
@@ -262,6 +264,7 @@ def _names(s: PerplexitySettings) -> list[str]:
         ("data.documents", s.data.documents or "joined", DATA_DOCUMENTS),
         ("data.errors", s.data.errors, DATA_ERRORS),
         ("engine.kv", s.engine.kv, KV_TYPES),
+        ("engine.activations", s.engine.activations, ACTIVATIONS),
         ("engine.load", s.engine.load, LOAD_MODES),
         ("cluster.kind", s.cluster.kind, CLUSTER_KINDS),
         ("tracking.kind", s.tracking.kind, TRACKING_KINDS),

@@ -156,14 +156,20 @@ def slots(settings: ProtocolSettings, batch_tokens: int, windows_per_shard: int)
 
 
 def cache_shape(
-    settings: ProtocolSettings, batch_tokens: int, windows_per_shard: int, longest: int
+    protocol: ScoringProtocol,
+    n_tokens: int,
+    settings: ProtocolSettings,
+    windows_per_shard: int,
+    batch_tokens: int,
 ) -> CacheShape:
-    """The cache for a shard's windows; `longest` is what the protocol says.
+    """The cache for the windows of a shard of a stream of so many tokens.
 
     A window that begins anew and fits a batch is decoded in one call: no layer's keys are needed after it.
     """
-    whole = settings.name != "carry" and settings.window <= batch_tokens
-    return CacheShape(slots(settings, batch_tokens, windows_per_shard), longest, whole)
+    n_slots, begins = slots(settings, batch_tokens, windows_per_shard), protocol.begins(n_tokens)
+    if begins is None:
+        return CacheShape(n_slots, protocol.longest(n_tokens), settings.window <= batch_tokens)
+    return CacheShape(min(n_slots, begins.size), protocol.longest(n_tokens), False)
 
 
 def batches(windows: Sequence[Window], batch_tokens: int, n_slots: int) -> Iterator[Sequence[Window]]:

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +39,6 @@ class WorkerSpec:
     Attributes:
         tokens_path, counts_path: the token stream's two files (pipeline/tokens.py).
         bos_id: the token that begins a sequence, as `windows.begin_id` says; None where nothing does.
-        longest: positions that a sequence may take, as the protocol says.
         run_dir: folder of the run's shards.
         cache_dir: `paths.cache`, for the model's digest and the lock of the first compilation.
         columns: identity columns, the same in every row.
@@ -55,7 +54,6 @@ class WorkerSpec:
     protocol: ProtocolSettings
     engine: EngineSettings
     windows_per_shard: int
-    longest: int
     run_dir: str
     cache_dir: str
     columns: Mapping[str, str | int | None] = field(default_factory=dict)
@@ -141,9 +139,12 @@ class EvalWorker:
             queued = time.perf_counter()
             with _first_compiles(cache / "locks"):
                 waited_s = time.perf_counter() - queued
-                self.compile_s = float(engine.warm_up(file))
+                self.compile_s = float(engine.warm_up(file, spec.engine.activations))
             self.model = engine.load_model(
-                file, threads=spec.engine.threads, batch_tokens=spec.engine.batch_tokens
+                file,
+                threads=spec.engine.threads,
+                batch_tokens=spec.engine.batch_tokens,
+                activations=spec.engine.activations,
             )
         except BaseException:
             file.close()
@@ -161,8 +162,8 @@ class EvalWorker:
         self.stream = open_stream(Path(spec.tokens_path), Path(spec.counts_path))
         _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
         self.protocol = open_protocol(spec.protocol, spec.bos_id, self.stream)
-        batch_tokens = spec.engine.batch_tokens
-        shape = cache_shape(spec.protocol, batch_tokens, spec.windows_per_shard, spec.longest)
+        n_tokens, batch_tokens = self.stream.tokens.size, spec.engine.batch_tokens
+        shape = cache_shape(self.protocol, n_tokens, spec.protocol, spec.windows_per_shard, batch_tokens)
         self.scorer = Scorer(self.model, shape, spec.engine.kv, batch_tokens)
         self.load_s = self.open_s + time.perf_counter() - started
 
@@ -197,9 +198,7 @@ class EvalWorker:
         scores = self.scorer.scores(windows)
         rows = [self._row(window, nll, shard) for window, nll in zip(windows, scores, strict=True)]
         if shard.hands_on:  # first: behind a finished shard there is a state
-            handover.leave(
-                run_dir, shard.end, self.scorer.cache, self.scorer.slot, self.spec.model_sha256
-            )
+            handover.leave(run_dir, shard.end, self.scorer.cache, self.scorer.slot, self.spec.model_sha256)
         path = run_dir / shard.file_name
         committed = store.commit(
             table(rows, WINDOWS_SCHEMA), path, store.shard_meta(shard, self.spec.run_key)

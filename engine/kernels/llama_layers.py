@@ -18,15 +18,18 @@ from engine.kernels.norm import add_rms_norm, norm_heads
 from engine.kernels.panels import embed
 from engine.kernels.product import (
     ATTEND,
+    COLUMNS,
     EMBED,
     NORM,
     ROTATE,
     STORE,
     WAIT,
+    WIDTH8,
     own_panels,
     own_part,
     project,
     project_swiglu,
+    quantize,
     spend,
 )
 from engine.kernels.rope import rotate
@@ -101,6 +104,14 @@ def _norm(stream, weight, eps, share, work):
 
 
 @kernel
+def _quantize_and_meet(x, m, share, work, gate):
+    """What a weight multiplies, in 8 bits where activations are."""
+    quantize(x, m[COLUMNS], share, work)
+    if share.by_rows and work[WIDTH8] != 0:
+        _meet(gate, share, work)
+
+
+@kernel
 def run_layers(
     first, last, layers, shape, stream, tokens, slots, cells, present, starts, counts, keys, values, share,
     work, gate,
@@ -130,6 +141,7 @@ def run_layers(
         m = layers.matrices[index]
         kept = index if keys.shape[0] > 1 else 0
         _norm(stream, layers.attn_norm[index], s.norm_eps, share, work)
+        quantize(normed, layers.attn_norm.shape[1], share, work)
         if share.by_rows:
             _meet(gate, share, work)
         project(m[Q], normed, q, share, work)
@@ -157,15 +169,18 @@ def run_layers(
         spend(work, ATTEND, began)
         if share.by_rows:
             _meet(gate, share, work)
+        _quantize_and_meet(q, m[OUT], share, work, gate)
         project(m[OUT], q, normed, share, work)
         if share.by_rows:
             _meet(gate, share, work)
         _norm(stream, layers.ffn_norm[index], s.norm_eps, share, work)
+        quantize(normed, layers.ffn_norm.shape[1], share, work)
         if share.by_rows:
             _meet(gate, share, work)
         project_swiglu(m[GATE], m[UP], normed, ff, share, work)
         if share.by_rows:
             _meet(gate, share, work)
+        _quantize_and_meet(ff, m[DOWN], share, work, gate)
         project(m[DOWN], ff, normed, share, work)
         if share.by_rows or keys.shape[0] == 1:
             _meet(gate, share, work)  # before the next layer's keys replace those that others still read

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.kernels._jit import kernel
 from engine.kernels.maths import exp64, log64
-from engine.kernels.native import address, doubles_at, floats_at, ticks
+from engine.kernels.native import doubles_at, floats_at, meet, ticks
 from engine.kernels.product import (
     COLUMNS,
     FEW_STRIPS,
@@ -21,16 +21,19 @@ from engine.kernels.product import (
     PRODUCT,
     ROWS,
     SUMS,
+    WIDTH8,
     few_product,
     gather_few,
     lanes_used,
     own_panels,
     own_part,
-    panel_product,
+    quantize,
     spend,
+    strips_product,
+    takes_few,
     unpack,
 )
-from engine.kernels.tile import FEW, LANES, NR, STRIP
+from engine.kernels.tile import LANES, NR, STRIP
 
 HEAD_ROWS = 128  # part of the bits; whole strips
 
@@ -44,7 +47,8 @@ def score(m, x, share, targets, work, top, total, out):
     m: (FIELDS,) int64, the head; x: (P, >= D, NR) float32; targets: (T,) int32; top, total: (P, NR) float64
     scratch; out: (T,) float64, nats.
     """
-    depth, n_tokens = m[COLUMNS], share.n_tokens
+    n_tokens = share.n_tokens
+    quantize(x, m[COLUMNS], share, work)
     logits, largest = floats_at(work[PRODUCT], HEAD_ROWS * NR), doubles_at(work[SUMS], NR)
     for p in range(share.first, share.last):
         for t in range(NR):
@@ -56,8 +60,7 @@ def score(m, x, share, targets, work, top, total, out):
         for p in range(share.first, share.last):
             began = ticks()
             lanes = lanes_used(n_tokens, p)
-            source = address(x) + p * x.shape[1] * NR * 4
-            panel_product(work[PACKS], n_strips, depth, source, work[PRODUCT], lanes // LANES)
+            strips_product(m, work[PACKS], n_strips, x, p, n_tokens, work[PRODUCT], work)
             began = spend(work, MULTIPLY, began)
             _fold(logits, n_rows, lanes, largest, top[p], total[p])
             for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
@@ -91,12 +94,15 @@ def _fold(logits, n_rows, lanes, largest, top, total):
 
 
 @kernel
-def write_logits(m, x, share, work, out):
+def write_logits(m, x, share, work, gate, out):
     """out[i, row] = logit of vocabulary row `row` for token i, for this thread's share: float32 (T, V)."""
     depth, n_tokens = m[COLUMNS], share.n_tokens
     first, last = own_part((m[ROWS] + STRIP - 1) // STRIP, share)
     p0, p1 = own_panels(share)
-    is_few = n_tokens <= FEW
+    quantize(x, depth, share, work)
+    if share.by_rows and work[WIDTH8] != 0:
+        meet(gate, share.threads)
+    is_few = takes_few(m, n_tokens)
     if is_few:
         gather_few(x, depth, n_tokens, work)
     step = FEW_STRIPS if is_few else HEAD_ROWS // STRIP
@@ -113,10 +119,7 @@ def write_logits(m, x, share, work, out):
             unpack(m, s, n_strips, work, work[PACKS])
             began = ticks()
             for p in range(p0, p1):
-                source = address(x) + p * x.shape[1] * NR * 4
-                panel_product(
-                    work[PACKS], n_strips, depth, source, work[PRODUCT], lanes_used(n_tokens, p) // LANES
-                )
+                strips_product(m, work[PACKS], n_strips, x, p, n_tokens, work[PRODUCT], work)
                 for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
                     for r in range(n_rows):
                         out[i, row0 + r] = product[r * NR + i - p * NR]

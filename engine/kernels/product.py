@@ -25,12 +25,14 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.kernels._jit import kernel
+from engine.kernels.int8 import quantize_panel
 from engine.kernels.maths import exp32
 from engine.kernels.native import (
     address,
     bytes_at,
     call_decoder,
     call_dot,
+    call_multiply8,
     call_packer,
     floats_at,
     integers_at,
@@ -43,17 +45,23 @@ from engine.quants.strips import pack_f32
 # bytes of the data and of a row, blocks of a row, weights of a packer's unit; addresses of the kernels of
 # engine.quants.dots (0: none), for 1, 2, 4 and 8 tokens.
 PACK, DECODE, DATA, BIAS, N_BYTES, ROW_BYTES, ROW_BLOCKS, UNIT, ROWS, COLUMNS = range(10)
-DOT_1, DOT_2, DOT_4, DOT_8, FIELDS = range(10, 15)
+DOT_1, DOT_2, DOT_4, DOT_8 = range(10, 14)
+# With 8-bit activations (engine.kernels.int8): addresses of packer (0: the weight stays float32) and product,
+# weights and bytes of a strip in a packer's unit, what is taken from every unsigned weight.
+PACK8, MULTIPLY8, UNIT8, UNIT_BYTES8, OFFSET8, FIELDS = range(14, 20)
 
 # Working memory of a thread, an int64 table of addresses (engine.weights.Work): rows of a weight that has no
 # packer, decoded; two groups of strips; the product of a group with a panel; the operands of `few_tile`; sums
 # (NR,) float64; what engine.kernels.attention says; the clock. A table, because every array among the
 # arguments of a kernel is seven numbers to the compiler: a tuple of them took three times as long to compile.
 SPARE, PACKS, MORE_PACKS, PRODUCT, FEW_X, FEW_OUT, SUMS = range(7)
-QUERY, BLOCK_KEYS, BLOCK_VALUES, SCORES, ACC, RUNNING, CLOCK, WORK_FIELDS = range(7, 15)
+QUERY, BLOCK_KEYS, BLOCK_VALUES, SCORES, ACC, RUNNING, CLOCK = range(7, 14)
+# The activations of a batch in 8 bits, of all threads, panel after panel as engine.kernels.int8 has them, for
+# weights of up to WIDTH8 columns (no address; 0: they stay float32); and that product's scratch.
+QUANTS8, SCALES8, SUMS8, WIDTH8, SHARES8, WORK_FIELDS = range(14, 20)
 
 # What a thread's clock adds up, in ticks.
-UNPACK, MULTIPLY, ACTIVATE, NORM, ROTATE, STORE, ATTEND, HEAD, EMBED, WAIT, CLOCKS = range(11)
+UNPACK, MULTIPLY, ACTIVATE, NORM, ROTATE, STORE, ATTEND, HEAD, EMBED, QUANTIZE, WAIT, CLOCKS = range(12)
 
 DEPTH = 288
 GROUP_FLOATS = 100_000  # floats of a group of strips
@@ -133,7 +141,16 @@ def unpack(m, first, count, work, packs):
         row = (first + s) * STRIP
         held = min(STRIP, m[ROWS] - row)
         strip = packs + s * columns * STRIP * 4
-        if m[PACK] != 0 and held == STRIP:
+        if m[PACK8] != 0:
+            n_units, rows8 = columns // m[UNIT8], m[DATA] + row * m[ROW_BYTES]
+            if held < STRIP:  # bytes of zeros are weights of zero in every type
+                data = bytes_at(rows8, held * m[ROW_BYTES])
+                spare = bytes_at(work[SPARE], STRIP * m[ROW_BYTES])
+                for i in range(spare.size):
+                    spare[i] = data[i] if i < data.size else np.uint8(0)
+                rows8 = work[SPARE]
+            call_packer(m[PACK8], rows8, m[ROW_BYTES], n_units, packs + s * n_units * m[UNIT_BYTES8])
+        elif m[PACK] != 0 and held == STRIP:
             call_packer(m[PACK], m[DATA] + row * m[ROW_BYTES], m[ROW_BYTES], columns // m[UNIT], strip)
         else:
             data, rows = bytes_at(m[DATA], m[N_BYTES]), floats_at(work[SPARE], STRIP * columns)
@@ -158,6 +175,42 @@ def panel_product(packed, n_strips, depth, x, out, n_vectors):
         for row in range(0, n_strips * STRIP, MR):
             a = packed + ((row // STRIP * depth + k0) * STRIP + row % STRIP) * 4
             tile(a, STRIP, x + k0 * NR * 4, NR, out + row * NR * 4, NR, steps, k0, n_vectors)
+
+
+@kernel
+def strips_product(m, packs, n_strips, x, p, n_tokens, out, work):
+    """Unpacked strips times panel p of x: (n_strips * STRIP, NR) at address `out`."""
+    depth = m[COLUMNS]
+    if m[PACK8] != 0:
+        at = p * work[WIDTH8] * NR
+        call_multiply8(
+            m[MULTIPLY8], packs, n_strips, work[QUANTS8] + at, work[SCALES8] + at // 8, work[SUMS8] + at // 4,
+            depth, m[OFFSET8], min(NR, n_tokens - p * NR), out, work[SHARES8],
+        )  # fmt: skip
+    else:
+        source = address(x) + p * x.shape[1] * NR * 4
+        panel_product(packs, n_strips, depth, source, out, lanes_used(n_tokens, p) // LANES)
+
+
+@kernel
+def quantize(x, depth, share, work):
+    """This thread's panels in 8 bits, where activations are; x: (P, >= depth, NR), depth a multiple of 32."""
+    if work[WIDTH8] == 0 or depth % 32 != 0:
+        return
+    began = ticks()
+    for p in range(share.first, share.last):
+        at, tokens = p * work[WIDTH8] * NR, min(NR, share.n_tokens - p * NR)
+        source = address(x) + p * x.shape[1] * NR * 4
+        quantize_panel(
+            source, depth, tokens, work[QUANTS8] + at, work[SCALES8] + at // 8, work[SUMS8] + at // 4
+        )
+    spend(work, QUANTIZE, began)
+
+
+@kernel
+def takes_few(m, n_tokens):
+    """Whether `gather_few` and `few_product` multiply this weight with so many tokens."""
+    return n_tokens <= FEW and m[PACK8] == 0
 
 
 @kernel
@@ -207,7 +260,7 @@ def project(m, x, out, share, work):
     depth, n_tokens = m[COLUMNS], share.n_tokens
     first, last = own_part((m[ROWS] + STRIP - 1) // STRIP, share)
     p0, p1 = own_panels(share)
-    is_few = n_tokens <= FEW
+    is_few = takes_few(m, n_tokens)
     if is_few:
         gather_few(x, depth, n_tokens, work)
     step = FEW_STRIPS if is_few else _group_strips(depth)
@@ -222,9 +275,8 @@ def project(m, x, out, share, work):
             unpack(m, s, n_strips, work, work[PACKS])
             began = ticks()
             for p in range(p0, p1):
-                source = address(x) + p * x.shape[1] * NR * 4
                 target = address(out) + (p * out.shape[1] + row0) * NR * 4
-                panel_product(work[PACKS], n_strips, depth, source, target, lanes_used(n_tokens, p) // LANES)
+                strips_product(m, work[PACKS], n_strips, x, p, n_tokens, target, work)
             spend(work, MULTIPLY, began)
     if m[BIAS] != 0:
         add_bias(out, floats_at(m[BIAS], m[ROWS]), first * STRIP, min(last * STRIP, m[ROWS]), p0, p1)
@@ -251,7 +303,7 @@ def project_swiglu(gate, up, x, out, share, work):
     depth, n_tokens = gate[COLUMNS], share.n_tokens
     first, last = own_part((gate[ROWS] + STRIP - 1) // STRIP, share)
     p0, p1 = own_panels(share)
-    is_few = n_tokens <= FEW
+    is_few = takes_few(gate, n_tokens) and takes_few(up, n_tokens)
     if is_few:
         gather_few(x, depth, n_tokens, work)
     step = FEW_STRIPS if is_few else _group_strips(depth)
@@ -274,11 +326,10 @@ def project_swiglu(gate, up, x, out, share, work):
             unpack(up, s, n_strips, work, work[MORE_PACKS])
             began = ticks()
             for p in range(p0, p1):
-                source = address(x) + p * x.shape[1] * NR * 4
                 target = address(out) + (p * out.shape[1] + row0) * NR * 4
                 lanes = lanes_used(n_tokens, p)
-                panel_product(work[PACKS], n_strips, depth, source, target, lanes // LANES)
-                panel_product(work[MORE_PACKS], n_strips, depth, source, work[PRODUCT], lanes // LANES)
+                strips_product(gate, work[PACKS], n_strips, x, p, n_tokens, target, work)
+                strips_product(up, work[MORE_PACKS], n_strips, x, p, n_tokens, work[PRODUCT], work)
                 began = spend(work, MULTIPLY, began)
                 for row in range(n_rows):
                     for v in range(0, lanes, LANES):

@@ -36,7 +36,20 @@ from engine.kernels.product import Share
 from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table
 from engine.kernels.tile import FEW, NR, STRIP
 from engine.state import KVCache, Rotation, kv_bytes
-from engine.weights import Crew, Fields, Matrix, Work, aligned, matrix, optional_vector, tasks, vector, work_bytes
+from engine.weights import (
+    Crew,
+    Fields,
+    Matrix,
+    Octets,
+    Work,
+    aligned,
+    matrix,
+    octets_bytes,
+    optional_vector,
+    tasks,
+    vector,
+    work_bytes,
+)
 
 if TYPE_CHECKING:
     from engine.batch import Batch
@@ -46,7 +59,7 @@ if TYPE_CHECKING:
 class _Weights:
     """Weights of all layers; owns the private copies of norms and biases."""
 
-    def __init__(self, file: GGUFFile, p: LlamaParams, embedding: Matrix) -> None:
+    def __init__(self, file: GGUFFile, p: LlamaParams, embedding: Matrix, activations: str) -> None:
         q_width, kv_width = p.n_heads * p.head_width, p.n_kv_heads * p.head_width
         shapes = {
             "attn_q": (q_width, p.width), "attn_k": (kv_width, p.width), "attn_v": (kv_width, p.width),
@@ -62,7 +75,8 @@ class _Weights:
         attn_norm, ffn_norm = (stacked(name, p.width, vector) for name in ("attn_norm", "ffn_norm"))
         q_norm, k_norm = (stacked(f"attn_{name}_norm", p.head_width, find) for name in "qk")
         self._matrices = [
-            [matrix(file, f"blk.{i}.{name}.weight", *shape) for name, shape in shapes.items()] for i in layers
+            [matrix(file, f"blk.{i}.{name}.weight", *shape, activations) for name, shape in shapes.items()]
+            for i in layers
         ]
         rotated = np.array([every == 0 or (i + 1) % every != 0 for i in layers], np.uint8)
         output_norm = vector(file, "output_norm.weight", p.width) / np.float32(p.logit_scale)
@@ -85,14 +99,18 @@ class _Weights:
 class Llama:
     """A LLaMA-architecture model on a mapped file; see `engine.model.Model` for the interface."""
 
-    def __init__(self, file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096) -> None:
+    def __init__(
+        self, file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096, activations: str = "f32"
+    ) -> None:
         self.params = p = llama_params(file)
+        self._activations = activations
         self.n_vocab, self.batch_tokens = p.n_vocab, batch_tokens
         self._file = file  # keeps the mapping open for as long as its views are used
         self._embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
         tied = "output.weight" not in file.tensors
-        self._head = self._embedding if tied else matrix(file, "output.weight", p.n_vocab, p.width)
-        self._weights = _Weights(file, p, self._embedding)
+        head = "token_embd.weight" if tied else "output.weight"
+        self._head = matrix(file, head, p.n_vocab, p.width, activations)
+        self._weights = _Weights(file, p, self._embedding, activations)
         self._has_dots = False  # needed, and compiled, by the first batch of few tokens
         self._frequencies, self._magnitude = _rotation(file, p.rope)
         _refuse_strangers(file, p)
@@ -101,14 +119,15 @@ class Llama:
             p.n_heads, p.n_kv_heads, p.head_width, p.rope.halves, np.float32(p.attention_scale),
             p.norm_eps / p.residual_scale / p.residual_scale, p.norm_eps,
         )  # fmt: skip
-        self._crew = Crew(threads, lambda: Work(_depths(p), p.head_width))
+        octets = Octets(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else None
+        self._crew = Crew(threads, lambda: Work(_depths(p), p.head_width, octets))
         self._stream = Stream(*(aligned(*shape) for shape in _stream_shapes(p, batch_tokens)))
         self._top, self._total = (np.zeros((len(self._stream.x), NR), np.float64) for _ in range(2))
 
     @property
     def nbytes(self) -> int:
         """Bytes of activations and scratch; the weights' pages belong to the mapping."""
-        return _own_bytes(self.params, len(self._crew.works), self.batch_tokens)
+        return _own_bytes(self.params, len(self._crew.works), self.batch_tokens, self._activations)
 
     def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> KVCache:
         """A cache of `n_slots` sequences of up to `capacity` positions; see KVCache."""
@@ -144,15 +163,17 @@ class Llama:
         if rows.size:
             final, head = self._gathered(batch, rows), self._head.fields
 
+            gate = np.zeros(1, np.int64)
+
             def call(share: Share, work: Fields) -> None:
-                write_logits(head, final, share, work, out)
+                write_logits(head, final, share, work, gate, out)
 
             self._crew.run(call, self._crew.shares(rows.size))
         return out
 
     def clock(self) -> NDArray[np.int64]:
         """Ticks that threads have spent, all together: (CLOCKS,), see engine.kernels.product."""
-        return np.sum([work.clock for work in self._crew.works], axis=0, dtype=np.int64)
+        return self._crew.clock()
 
     def _forward(self, batch: Batch, cache: KVCache) -> None:
         """Runs the layers; then `normed` holds the final norm of the tokens in the order `batch.order`."""
@@ -210,18 +231,26 @@ class Llama:
 
 
 def footprint(
-    p: LlamaParams, threads: int, batch_tokens: int, n_slots: int, capacity: int, kv: str, fleeting: bool
+    p: LlamaParams,
+    threads: int,
+    batch_tokens: int,
+    n_slots: int,
+    capacity: int,
+    kv: str,
+    fleeting: bool,
+    activations: str,
 ) -> int:
     """See `engine.footprint`."""
     cache = kv_bytes(n_slots, capacity, p.n_layers, p.n_kv_heads, p.head_width, kv, fleeting)
-    return _own_bytes(p, threads, batch_tokens) + cache
+    return _own_bytes(p, threads, batch_tokens, activations) + cache
 
 
-def _own_bytes(p: LlamaParams, threads: int, batch_tokens: int) -> int:
+def _own_bytes(p: LlamaParams, threads: int, batch_tokens: int, activations: str) -> int:
     """Bytes of activations and scratch."""
     stream = sum(4 * math.prod(shape) for shape in _stream_shapes(p, batch_tokens))
     state = 2 * 8 * -(-batch_tokens // NR) * NR
-    return stream + state + threads * work_bytes(_depths(p), p.head_width)
+    octets = octets_bytes(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else 0
+    return stream + state + octets + threads * work_bytes(_depths(p), p.head_width)
 
 
 def _depths(p: LlamaParams) -> tuple[int, ...]:

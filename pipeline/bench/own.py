@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline.bench.calls import READY_TOKENS, Call, Group, Vocabulary, Workload
 
-OPTIONS: dict[str, Any] = {"batch_tokens": 4096, "kv": "f32", "load": "mmap"}
-"""What can be set, with the evaluation's defaults, and `activations` where `engine.load_model` takes it."""
+OPTIONS: dict[str, Any] = {"batch_tokens": 4096, "kv": "f32", "activations": "f32", "load": "mmap"}
+"""What can be set, with the evaluation's defaults."""
 
 
 class Own:
@@ -37,15 +37,18 @@ class Own:
 
         self._options = OPTIONS | dict(options)
         self._vocabulary, self._batch = vocabulary, pagemill.Batch
-        more = {key: value for key, value in self._options.items() if key not in OPTIONS}
+        activations = self._options["activations"]
         features = " ".join(vector_features())
         times = [time.perf_counter()]
         self._file = pagemill.open(model_path, load=self._options["load"])
         times.append(time.perf_counter())
-        compile_s = float(pagemill.warm_up(self._file))
+        compile_s = float(pagemill.warm_up(self._file, activations))
         times.append(time.perf_counter())
         self._model = pagemill.load_model(
-            self._file, threads=threads, batch_tokens=self._options["batch_tokens"], **more
+            self._file,
+            threads=threads,
+            batch_tokens=self._options["batch_tokens"],
+            activations=activations,
         )
         times.append(time.perf_counter())
         self._shape: tuple[int, int, bool] | None = None

@@ -230,7 +230,7 @@ class Player:
 def _check_options(engine: str, options: Mapping[str, Any]) -> None:
     from pipeline.bench import libllama, own
 
-    known = [*own.OPTIONS, "activations"] if engine == "pagemill" else list(libllama.OPTIONS)
+    known = list(own.OPTIONS if engine == "pagemill" else libllama.OPTIONS)
     for name in options:
         if name not in known:
             raise SettingsError(f"{engine} has no option {name}{nearest(name, known)}")

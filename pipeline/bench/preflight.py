@@ -84,7 +84,7 @@ def _entrant(path: str, s: ThroughputSettings, tests: list[Case]) -> Entrant:
             _check_memory(file, s, case)
         work = work_of(file)
     digest = model_digest(path, Path(s.paths.cache))
-    return Entrant(path, digest, work, provenance.subject_of(digest, s.engine.kv))
+    return Entrant(path, digest, work, provenance.subject_of(digest, s.engine.kv, s.engine.activations))
 
 
 def _check_memory(file: engine.GGUFFile, s: ThroughputSettings, case: Case) -> None:
@@ -99,6 +99,7 @@ def _check_memory(file: engine.GGUFFile, s: ThroughputSettings, case: Case) -> N
             n_slots=whole if case.kind == "perplexity" else case.n_seqs,
             capacity=case.length,
             kv=s.engine.kv,
+            activations=s.engine.activations,
             fleeting=case.kind == "perplexity" and case.length <= batch_tokens,
         )
         return capacity.BASE_BYTES + own + capacity.loaded_bytes(file, s.engine.load, 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pipeline.errors import SettingsError
 from pipeline.settings import (
     CLUSTER_KINDS,
+    ACTIVATIONS,
     KV_TYPES,
     LOAD_MODES,
     TRACKING_KINDS,
@@ -118,6 +119,7 @@ def _files(s: ThroughputSettings) -> list[str]:
 def _names(s: ThroughputSettings) -> list[str]:
     named = [
         ("engine.kv", s.engine.kv, KV_TYPES),
+        ("engine.activations", s.engine.activations, ACTIVATIONS),
         ("engine.load", s.engine.load, LOAD_MODES),
         ("cluster.kind", s.cluster.kind, CLUSTER_KINDS),
         ("tracking.kind", s.tracking.kind, TRACKING_KINDS),

@@ -12,10 +12,12 @@ from tests.make_gguf import tiny_llama
 class Scorer:
     """An opened model that scores whole sequences, each alone, from an empty cache."""
 
-    def __init__(self, path, *, threads=1, batch_tokens=512) -> None:
+    def __init__(self, path, *, threads=1, batch_tokens=512, activations="f32") -> None:
         self.path = path
         self.file = engine.open(path)
-        self.model = engine.load_model(self.file, threads=threads, batch_tokens=batch_tokens)
+        self.model = engine.load_model(
+            self.file, threads=threads, batch_tokens=batch_tokens, activations=activations
+        )
 
     def score(self, tokens) -> np.ndarray:
         """float64 (T - 1,): NLL of each token after the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ GOLDEN = {  # NUMERICS -> type -> SHA-256 of the float64 NLLs; a change of bits 
     1: {
         "F32": "2a4e113617f679f56e94a5751a0d70f89f4d7f3e1f0eb449c435d6f06ec131f0",
         "Q4_1": "fb3c2169a913700122caf4deb36b070ba5b4eaf08e5889f2076c20d96812a561",
+        "Q4_1 int8": "02c8024a12ad824f266ee823dd637192310c4043761b85577e59af2d7b6ee387",
     },
 }
 
@@ -30,33 +32,35 @@ AVX2 = {
 }
 
 CHILD = """
-import hashlib, json, sys
-import numpy as np
+import json, sys
 from numba.core.dispatcher import Dispatcher
 import engine, gc
-from tests.engine.conftest import Scorer
-from tests.engine.test_bits import TOKENS
+from tests.engine.test_bits import digest
 from engine.kernels.tile import LANES
-digest = hashlib.sha256(Scorer(sys.argv[1]).score(TOKENS).tobytes()).hexdigest()
+digests = [digest(sys.argv[1], activations) for activations in ("f32", "int8")]
 kernels = [k for k in gc.get_objects() if isinstance(k, Dispatcher) and k.signatures]
 assembly = "".join(text for k in kernels for text in k.inspect_asm().values())
-print(json.dumps({"digest": digest, "lanes": LANES, "fma": assembly.count("vfmadd"), "zmm":
+print(json.dumps({"digests": digests, "lanes": LANES, "fma": assembly.count("vfmadd"), "zmm":
 assembly.count("zmm")}))
 """
 
 
-def digest(path) -> str:
-    return hashlib.sha256(Scorer(path).score(TOKENS).tobytes()).hexdigest()
+def digest(path, activations="f32") -> str:
+    """Of the NLLs of one batch, and of the first of them again token by token."""
+    whole = Scorer(path, activations=activations)
+    scores = whole.score(TOKENS)
+    cache = whole.model.new_cache(1, 40)
+    for position, (token, target) in enumerate(itertools.pairwise(TOKENS[:40].tolist())):
+        alone = whole.model.nll(engine.Batch([token], [position], targets=[target]), cache)
+        assert alone[0] == scores[position]
+    return hashlib.sha256(scores.tobytes()).hexdigest()
 
 
-@pytest.fixture(params=["F32", "Q4_1"])
-def model_path(request, tmp_path):
-    return request.param, tiny_llama(tmp_path / "m.gguf", seed=3, type_name=request.param)
-
-
-def test_bits_change_only_when_numerics_is_raised(model_path):
-    type_name, path = model_path
-    assert digest(path) == GOLDEN[engine.NUMERICS][type_name], (
+@pytest.mark.parametrize("subject", ["F32", "Q4_1", "Q4_1 int8"])
+def test_bits_change_only_when_numerics_is_raised(subject, tmp_path):
+    type_name, _, activations = subject.partition(" ")
+    path = tiny_llama(tmp_path / "m.gguf", seed=3, type_name=type_name)
+    assert digest(path, activations or "f32") == GOLDEN[engine.NUMERICS][subject], (
         "the bits of a score changed: if that is intended, raise engine.NUMERICS, write the size of the "
         "change into CHANGELOG (Numbers) and the new digest here"
     )
@@ -72,4 +76,4 @@ def test_avx2_gives_the_same_bits_without_a_zmm_register(tmp_path):
     assert seen["lanes"] == 8
     assert seen["fma"] > 100
     assert seen["zmm"] == 0
-    assert seen["digest"] == digest(path)
+    assert seen["digests"] == [digest(path, activations) for activations in ("f32", "int8")]

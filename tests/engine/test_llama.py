@@ -275,7 +275,7 @@ def test_wrong_calls_are_refused(tiny_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama, mis"),
+        ({"general.architecture": "rwkv7"}, "architecture 'rwkv7' is not supported; supported: llama, mis"),
         ({"llama.block_count": 3}, "tensor 'blk.2.attn_norm.weight' is missing"),
         ({"llama.block_count": 1}, "has no place"),
         ({"llama.feed_forward_length": 32}, "has shape"),

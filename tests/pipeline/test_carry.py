@@ -144,9 +144,14 @@ def test_the_drawing_of_shards():
     ]
 
 
-def test_the_cache_keeps_all_layers_of_a_sequence_that_goes_on():
-    assert cache_shape(ProtocolSettings("windows", 512), 4096, 4, 512) == CacheShape(4, 512, True)
-    assert cache_shape(ProtocolSettings("carry", 512), 4096, 4, 9000) == CacheShape(4, 9000, False)
+def test_the_cache_keeps_all_layers_of_as_many_sequences_as_there_are(stream):
+    windows, carry = ProtocolSettings("windows", 512), ProtocolSettings("carry", 512)
+    assert cache_shape(Windows(512, None, 0), 9001, windows, 4, 4096) == CacheShape(4, 512, True)
+    assert cache_shape(Carry(512, None, 0), 9001, carry, 4, 4096) == CacheShape(1, 9000, False)
+    carry.window = 16
+    apart, n_tokens = open_protocol(carry, BOS, stream), stream.tokens.size
+    assert cache_shape(apart, n_tokens, carry, 4, 4096) == CacheShape(4, 210, False)
+    assert cache_shape(apart, n_tokens, carry, 40, 4096) == CacheShape(5, 210, False)
 
 
 @pytest.fixture
@@ -402,7 +407,7 @@ def test_a_recurrent_state_goes_through_files_bit_by_bit(make, monkeypatch):
         def decode(self, ids):
             return bytes(97 + int(i) for i in ids)
 
-    def load_model(file, *, threads, batch_tokens):
+    def load_model(file, *, batch_tokens, **_):
         return ToyModel(batch_tokens)
 
     monkeypatch.setattr(engine, "Tokenizer", Letters)

@@ -44,9 +44,14 @@ def test_every_field_moves_the_run_key():
 def test_subject_follows_numerics(monkeypatch):
     import engine
 
-    before = key_of(subject_of("c", "f32"))
+    before = key_of(subject_of("c", "f32", "f32"))
     monkeypatch.setattr(engine, "NUMERICS", engine.NUMERICS + 1)
-    assert key_of(subject_of("c", "f32")) != before != key_of(subject_of("c", "f16"))
+    assert key_of(subject_of("c", "f32", "f32")) != before
+
+
+def test_subject_follows_what_changes_bits():
+    keys = {key_of(subject_of("c", kv, activations)) for kv in ("f32", "f16") for activations in ("f32", "int8")}
+    assert len(keys) == 4
 
 
 def test_digest_is_computed_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
