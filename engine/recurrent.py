@@ -194,9 +194,10 @@ class RecurrentCache:
         A state that nobody shared was written in place: half of it may be of the batch. Whoever must not lose
         it copies its sequence to another slot before.
         """
+        written = {cell for _, cell, _, is_kept in self._claimed if not is_kept}
         for slot, cell, length, is_kept in reversed(self._claimed):
             self._forget(slot)
-            if is_kept and cell != EMPTY:
+            if is_kept and cell != EMPTY and cell not in written:  # the last who shared it wrote it in place
                 self._cell[slot], self._length[slot] = cell, length
                 self._n_owners[cell] += 1
         self._claimed = []

@@ -15,6 +15,7 @@ import pytest
 import engine
 from tests.engine.conftest import Scorer
 from tests.make_gguf import tiny_llama
+from tests.make_mamba_gguf import tiny_mamba, tiny_mamba2
 
 TOKENS = np.random.default_rng(2026).integers(0, 300, 130).astype(np.int32)
 
@@ -24,6 +25,20 @@ GOLDEN = {  # NUMERICS -> type -> SHA-256 of the float64 NLLs; a change of bits 
         "Q4_1": "fb3c2169a913700122caf4deb36b070ba5b4eaf08e5889f2076c20d96812a561",
         "Q4_1 int8": "02c8024a12ad824f266ee823dd637192310c4043761b85577e59af2d7b6ee387",
     },
+}
+
+MAMBA_GOLDEN = {  # the same of architectures: Mamba and FalconMamba in F32, Mamba-2 in Q8_0
+    1: {
+        "mamba": "0e45c000eebf1f1c961995469d729d8ed9d68270d40965af29c22aa86e5000a1",
+        "falcon": "637beaae365d8a67b09b47b878ad0f8728ccb741e34822a2096fd696388f326b",
+        "mamba2": "7f1bd9f04f6b538a5dd395a80984ffaffb0560511b617d8d9887eda1bc9ce388",
+    },
+}
+
+MAMBAS = {
+    "mamba": (tiny_mamba, {"n_state": 5, "width": 36}),
+    "falcon": (tiny_mamba, {"falcon": True, "tied": False}),
+    "mamba2": (tiny_mamba2, {"n_groups": 4, "type_name": "Q8_0"}),
 }
 
 AVX2 = {
@@ -37,7 +52,7 @@ from numba.core.dispatcher import Dispatcher
 import engine, gc
 from tests.engine.test_bits import digest
 from engine.kernels.tile import LANES
-digests = [digest(sys.argv[1], activations) for activations in ("f32", "int8")]
+digests = [digest(path, activations) for path in sys.argv[1:] for activations in ("f32", "int8")]
 kernels = [k for k in gc.get_objects() if isinstance(k, Dispatcher) and k.signatures]
 assembly = "".join(text for k in kernels for text in k.inspect_asm().values())
 print(json.dumps({"digests": digests, "lanes": LANES, "fma": assembly.count("vfmadd"), "zmm":
@@ -66,14 +81,34 @@ def test_bits_change_only_when_numerics_is_raised(subject, tmp_path):
     )
 
 
+def mamba(folder, name):
+    build, shape = MAMBAS[name]
+    return build(folder / f"{name}.gguf", seed=3, **shape)
+
+
+@pytest.mark.parametrize("name", MAMBAS)
+def test_bits_of_mamba_change_only_when_numerics_is_raised(name, tmp_path):
+    assert digest(mamba(tmp_path, name)) == MAMBA_GOLDEN[engine.NUMERICS][name], (
+        "the bits of a score changed: raise engine.NUMERICS, say so in CHANGELOG (Numbers), write it here"
+    )
+
+
 def test_avx2_gives_the_same_bits_without_a_zmm_register(tmp_path):
-    path = tiny_llama(tmp_path / "m.gguf", seed=3, type_name="Q4_1")
+    paths = [
+        tiny_llama(tmp_path / "m.gguf", seed=3, type_name="Q4_1"),
+        mamba(tmp_path, "falcon"),
+        mamba(tmp_path, "mamba2"),
+    ]
     environment = os.environ | AVX2 | {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path)], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", CHILD, *map(str, paths)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     seen = json.loads(child.stdout.splitlines()[-1])
     assert seen["lanes"] == 8
     assert seen["fma"] > 100
     assert seen["zmm"] == 0
-    assert seen["digests"] == [digest(path, activations) for activations in ("f32", "int8")]
+    assert seen["digests"] == [digest(path, kind) for path in paths for kind in ("f32", "int8")]

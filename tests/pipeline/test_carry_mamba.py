@@ -37,7 +37,7 @@ MAMBA = ROOT / "tests/data/mamba-tiny-q8_0.gguf"
 @pytest.fixture
 def run(tmp_path):
     """Summary of an inline run of the committed model over the documents of `texts`."""
-    texts = documents(9000, 400, 3000)
+    texts = documents(4000, 200, 1500)
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
     def done(results, per_shard=4, **groups):
