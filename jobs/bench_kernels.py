@@ -1,9 +1,10 @@
 """Times the engine's kernels against this machine's own limits, measured in the same process and at the same
 time.
 
-    python -m jobs.bench_kernels [MODEL.gguf] [--all] [--threads 2] [--json FILE]    `make bench`, `make bench-full`
+    python -m jobs.bench_kernels [MODEL.gguf] [--all] [--threads 2] [--only PART] [--json FILE]
 
-Less than two minutes; with `--all`, every type in every shape and by every number of threads, less than ten.
+Two minutes (`make bench`); with `--all`, every type in every shape and by every number of threads, less than
+ten (`make bench-full`).
 Prints tables to standard error and one JSON object as the last line of standard output. Ratios count:
 absolute figures on shared machines swing by a factor of two. The parts:
 
@@ -44,7 +45,7 @@ from pipeline.bench.limits import case_of, vector_features
 SHAPES = ((1536, 576), (576, 1536))
 PARTS = ("opening", "gemm", "unpacking", "few", "int8", "passes", "growth")
 Rows = list[dict[str, Any]]
-console = Console(stderr=True)
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 def opening(path: Path) -> Rows:
@@ -85,7 +86,7 @@ def opening(path: Path) -> Rows:
 def gemm(types: tuple[str, ...], threads: int, everything: bool) -> Rows:
     """Every type with 512 tokens on one thread; the first also with 2,048, and on all threads."""
     some = types if everything else types[:1]
-    plans = [(types, (512,), 1), (some, (2048,), 1)]
+    plans: list[tuple[tuple[str, ...], tuple[int, ...], int]] = [(types, (512,), 1), (some, (2048,), 1)]
     plans += [(some, (512, 2048), threads)] if threads > 1 else []
     shapes = ((192, 576), (576, 576), *SHAPES, (2048, 2048)) if everything else SHAPES
     rows: Rows = []
@@ -113,11 +114,14 @@ def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
     rows = list(rows)
     if not rows:
         return
-    table = Table(title=title, title_justify="left")
+    hidden = ("flop_per_byte",)  # for the figure
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for key, value in rows[0].items():
-        table.add_column(key, justify="left" if isinstance(value, str) else "right")
+        if key not in hidden:
+            name = key.replace("_", " ").replace("gflops", "GFLOP/s").replace("gb per s", "GB/s")
+            table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*map(_shown, row.values()))
+        table.add_row(*(_shown(value) for key, value in row.items() if key not in hidden))
     console.print(table)
 
 
@@ -179,10 +183,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.model is None or not Path(given.model).is_file():
         parser.error(f"no model file at {given.model}; name a GGUF file, or run `make bench`")
-    if not 1 <= given.threads <= len(os.sched_getaffinity(0)):
-        parser.error(
-            f"--threads {given.threads}: expected 1 to {len(os.sched_getaffinity(0))}, the cores here"
-        )
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= given.threads <= cores:
+        parser.error(f"--threads {given.threads}: expected 1 to {cores}, the cores here")
     parts = tuple(part for part in PARTS if part in (given.only or PARTS))
     line = json.dumps(run(Path(given.model), parts, given.threads, given.all))
     if given.json:

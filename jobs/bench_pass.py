@@ -22,6 +22,7 @@ import engine
 from engine.kernels import product
 from engine.kernels._jit import kernel
 from engine.kernels.maths import exp32, exp64
+from engine.kernels.tile import NR
 from jobs.bench_products import now, seconds
 
 WINDOW, BATCH = 512, 4096  # tokens; the defaults of a perplexity
@@ -41,14 +42,14 @@ ITEMS = {
 
 
 @kernel
-def exponentials(x, out):
+def exponentials(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """out = exp(x), float32."""
     for i in range(x.size):
         out[i] = exp32(x[i])
 
 
 @kernel
-def exponentials64(x, out):
+def exponentials64(x: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     """out = exp(x), float64."""
     for i in range(x.size):
         out[i] = exp64(x[i])
@@ -111,7 +112,7 @@ class Pass:
         head = p.width * p.n_vocab
         seen = self.window * (self.window + 1) / 2 * (n / self.window)
         decoded = p.n_layers * layer + head
-        if n // product.NR >= 4 * self.threads:  # each thread decodes all weights for its own panels
+        if n // NR >= 4 * self.threads:  # each thread decodes all weights for its own panels
             decoded *= self.threads
         return {
             product.MULTIPLY: (2e-9 * (p.n_layers * layer * n + head * self.n_scored), "GFLOP/s"),
@@ -166,7 +167,7 @@ def _row(name: str, share: float) -> dict[str, Any]:
 
 
 def growth(path: Path, threads: int, n_batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Cost of a token in corpora of more and more batches, as time and as operations at the ceiling beside it."""
+    """Cost of a token in longer and longer corpora: its time, and operations at the ceiling beside it."""
     run = Pass(path, threads, WINDOW // 4, WINDOW)
     for count in n_batches:
         before = engine.fma_gflops(threads, seconds=0.02)

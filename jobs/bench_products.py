@@ -134,12 +134,13 @@ def gemm(
                     yield {
                         "type": name, "matrix": f"{rows}x{columns}", "n_tokens": n_tokens, "threads": threads,
                         "gflops": value, "ceiling": ceiling, "share": share, "openblas": sgemm,
-                        "over_openblas": value / sgemm, "flop_per_byte": 1e9 * product.gflop / product.n_bytes,
+                        "over_openblas": value / sgemm,
+                        "flop_per_byte": 1e9 * product.gflop / product.n_bytes,
                     }  # fmt: skip
 
 
 def unpacking(types: Sequence[str], shape: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Decoding into strips, one thread, as a product of one panel does it, beside a copy of as many floats."""
+    """Decoding into strips, one thread, as a product of one panel does it, beside a copy of such floats."""
     source = np.ones(100_000, np.float32)  # a group of strips
     target = np.empty_like(source)
     for name in types:
@@ -209,7 +210,7 @@ class Product8:
         self._packer, self._data = packer, tensor.data
         self._row_bytes, self._n_units = tensor.n_bytes // rows, self._depth // packer.unit
         self.gflop = 2e-9 * rows * self._depth * n_tokens
-        self._groups = range(0, rows // STRIP, 8)
+        self.n_bytes, self._groups = tensor.n_bytes, range(0, rows // STRIP, 8)
         strip_bytes = self._n_units * packer.unit_bytes
         self._strips = np.zeros(8 * strip_bytes, np.uint8)
         self._at = [self._strips.ctypes.data + i * strip_bytes for i in range(8)]
@@ -247,4 +248,7 @@ def int8(types: Sequence[str], n_tokens: int = 480) -> Iterator[dict[str, Any]]:
             continue
         product = Product8(random_tensor(name, 1536, 1536), n_tokens)
         share, value, ceiling = against_ceiling(lambda p=product: p.gflop / seconds(p, 3), 1, 3)  # type: ignore[misc]
-        yield {"type": name, "gop_per_s": value, "f32_ceiling": ceiling, "over_f32": share}
+        yield {
+            "type": name, "n_tokens": n_tokens, "gop_per_s": value, "f32_ceiling": ceiling, "over_f32": share,
+            "flop_per_byte": 1e9 * product.gflop / product.n_bytes,
+        }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ class Scorer:
     """
 
     def __init__(self, model: engine.Model, shape: CacheShape, kv: str, batch_tokens: int) -> None:
-        self.cache: Any = model.new_cache(shape.n_slots, shape.capacity, kv, fleeting=shape.fleeting)
+        self.cache = model.new_cache(shape.n_slots, shape.capacity, kv, fleeting=shape.fleeting)
         self.slot = 0
         self._model, self._n_slots, self._batch_tokens = model, shape.n_slots, batch_tokens
 

@@ -141,8 +141,8 @@ def install(monkeypatch):
         "Tokenizer": FakeTokenizer,
         "check_supported": _check_supported,
         "footprint": lambda file, *, batch_tokens, n_slots, **_: 1000 * batch_tokens + n_slots,
-        "warm_up": lambda file: 0.0,
-        "load_model": lambda file, *, threads=1, batch_tokens=4096: FakeModel(batch_tokens),
+        "warm_up": lambda file, activations="f32": 0.0,
+        "load_model": lambda file, *, batch_tokens=4096, **_: FakeModel(batch_tokens),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(engine, name, fake, raising=False)

@@ -192,7 +192,8 @@ class Mamba:
 
     def clock(self) -> NDArray[np.int64]:
         """Ticks that threads have spent, all together: (CLOCKS,), see engine.kernels.mamba_layers."""
-        return np.sum([work.clock for work in self._crew.works], axis=0, dtype=np.int64)
+        total: NDArray[np.int64] = np.sum([work.clock for work in self._crew.works], axis=0, dtype=np.int64)
+        return total
 
     def _forward(self, batch: Batch, cache: RecurrentCache) -> None:
         """Runs the layers; then `normed` holds the final norm of the tokens in the order `batch.order`."""

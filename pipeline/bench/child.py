@@ -69,7 +69,7 @@ def _open(
     bos_id: int | None,
 ) -> Instrument:
     vocabulary = Vocabulary(n_vocab, bos_id)
-    if engine == "pagemill":
+    if engine.startswith("pagemill"):
         from pipeline.bench.own import Own
 
         return Own(engine, model_path, threads, options, vocabulary)

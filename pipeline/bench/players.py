@@ -26,8 +26,10 @@ from pipeline.memory import process_memory
 from pipeline.runtime import worker_env
 from pipeline.settings import nearest
 
-ENGINES = ("pagemill", "llama_cpp", "ik_llama_cpp")
-PEERS = ENGINES[1:]
+OWN: dict[str, dict[str, Any]] = {"pagemill": {}, "pagemill_int8": {"activations": "int8"}}
+"""Ourselves, and ourselves with other settings, which may stand beside peers."""
+PEERS = ("llama_cpp", "ik_llama_cpp")
+ENGINES = (*OWN, *PEERS)
 
 _CHILD = (sys.executable, "-P", "-m", "pipeline.bench.child")
 _OPTIONS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {  # by kind; "" is any other
@@ -71,9 +73,9 @@ def check_peers(names: Sequence[str]) -> None:
         SettingsError: for the first that is not.
     """
     for name in names:
-        if name not in PEERS:
-            raise SettingsError(f"peer={name} is not known{nearest(name, PEERS)}")
-        if importlib.util.find_spec(name) is None:
+        if name not in ENGINES[1:]:
+            raise SettingsError(f"peer={name} is not known{nearest(name, ENGINES[1:])}")
+        if name in PEERS and importlib.util.find_spec(name) is None:
             raise SettingsError(
                 f"peer={name}: there is no Python package {name} here",
                 "pip install 'pagemill[bench]'; llama-cpp-python is compiled on the way, for minutes",
@@ -82,8 +84,8 @@ def check_peers(names: Sequence[str]) -> None:
 
 def options_of(engine: str, kind: str) -> list[dict[str, Any]]:
     """Settings to try, at most three, of which an engine's fastest counts."""
-    if engine == "pagemill":
-        return [{}]
+    if engine in OWN:
+        return [dict(OWN[engine])]
     return [dict(options) for options in _OPTIONS[engine].get(kind, _OPTIONS[engine][""])]
 
 
@@ -121,7 +123,7 @@ class Player:
         n_seqs: int,
     ) -> None:
         self.engine, self._max_tokens, self._n_seqs = engine, max_tokens, n_seqs
-        if engine != "pagemill":
+        if engine not in OWN:
             check_peers([engine])
         _check_options(engine, options)
         opening = {"model_path": model_path, "threads": threads, "options": dict(options)}
@@ -134,7 +136,7 @@ class Player:
         try:
             self._process = subprocess.Popen(
                 [*_CHILD, engine, str(requests), str(answers), ",".join(map(str, cores or ()))],
-                env={**os.environ, **(own if engine == "pagemill" else theirs), "PYTHONPATH": _python_path()},
+                env={**os.environ, **(own if engine in OWN else theirs), "PYTHONPATH": _python_path()},
                 stdin=subprocess.DEVNULL,
                 stdout=self._said,
                 stderr=self._said,
@@ -230,7 +232,7 @@ class Player:
 def _check_options(engine: str, options: Mapping[str, Any]) -> None:
     from pipeline.bench import libllama, own
 
-    known = list(own.OPTIONS if engine == "pagemill" else libllama.OPTIONS)
+    known = list(own.OPTIONS if engine in OWN else libllama.OPTIONS)
     for name in options:
         if name not in known:
             raise SettingsError(f"{engine} has no option {name}{nearest(name, known)}")

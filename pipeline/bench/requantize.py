@@ -38,7 +38,8 @@ def requantized(source: Path, folder: Path, types: Sequence[str]) -> list[Path]:
         if name not in _NUMBERS:
             raise SettingsError(f"{name} is not a file type of llama.cpp{nearest(name, list(_NUMBERS))}")
     with engine.open(source) as file:
-        own = FILE_TYPES.get(int(file.metadata.get("general.file_type", -1)))
+        number = file.metadata.get("general.file_type")
+    own = FILE_TYPES.get(number) if isinstance(number, int) else None
     stem = source.name.removesuffix(".gguf").removesuffix(f".{own}")
     made = [source if name == own else folder / f"{stem}.{name}.gguf" for name in types]
     missing = {name: path for name, path in zip(types, made, strict=True) if not path.exists()}
@@ -60,9 +61,7 @@ def _write(source: Path, path: Path, type_name: str) -> None:
     params.nthread = len(os.sched_getaffinity(0))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        code = llama_cpp.llama_model_quantize(
-            os.fsencode(source), os.fsencode(partial), ctypes.byref(params)
-        )
+        code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(params))
         if code != 0 or not partial.exists():
             raise IncompleteError(f"{path}: llama.cpp could not write it from {source} (code {code})")
         partial.replace(path)

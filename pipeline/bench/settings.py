@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.errors import SettingsError
 from pipeline.settings import (
-    CLUSTER_KINDS,
     ACTIVATIONS,
+    CLUSTER_KINDS,
     KV_TYPES,
     LOAD_MODES,
     TRACKING_KINDS,

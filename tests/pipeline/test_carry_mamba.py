@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -122,6 +123,15 @@ def test_one_digest_for_any_batch_shard_and_threads(run):
         s = run(f"r{at}", per_shard, engine=EngineSettings(batch_tokens=batch_tokens, threads=threads))
         assert (s["nll_sha256"], s["run_key"]) == (whole["nll_sha256"], whole["run_key"])
         assert s["n_tokens"] == s["n_scored"] == whole["n_tokens"]
+
+
+def test_the_committed_file_is_the_one_that_its_readme_tells_of(shared_data, tmp_path):
+    digest = hashlib.sha256(MAMBA.read_bytes()).hexdigest()
+    assert digest in MAMBA.with_name("README.md").read_text()
+    out = tmp_path / "mamba-tiny-q8_0.gguf"
+    source = SourceSettings(str(shared_data / "models/mamba-tiny"))
+    made = convert(ConvertSettings(source, ConvertChoices("q8_0", str(out))))
+    assert made["sha256"] == digest
 
 
 def command(results, *words):

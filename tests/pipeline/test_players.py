@@ -250,7 +250,7 @@ def test_an_unknown_peer_is_refused_with_the_nearest() -> None:
         check_peers(["lama_cpp"])
     assert caught.value.exit_code == 2
     with pytest.raises(SettingsError, match="peer=pagemill is not known"):
-        check_peers(["pagemill"])
+        check_peers(["pagemill"])  # ourselves as we are: nothing to compare
 
 
 def test_a_missing_peer_is_refused_with_how_to_install_it(
