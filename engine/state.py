@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from engine.cache import MAX_POSITION, Read, chosen, span
 from engine.errors import CapacityError
@@ -23,7 +23,7 @@ class Rotation(NamedTuple):
 
     frequencies: NDArray[np.float64]  # (half,) radians per position of each pair
     halves: bool  # pairs are (i, i + half), else (2i, 2i + 1)
-    layers: ArrayLike  # (L,) whether a layer rotates at all
+    layers: NDArray[np.uint8] | Sequence[bool]  # (L,) whether a layer rotates at all
 
 
 def kv_bytes(

@@ -1,8 +1,8 @@
 """Products of the engine against the limits of the process that they run in.
 
-Every figure is taken between two measurements of its ceiling, several times over, and the median of the
-shares counts: on a shared machine nothing else says anything. Weights are blocks of random small bytes, so
-that every type can be had in every shape; a product takes the same time whatever they hold.
+Every figure is taken between two measurements of its ceiling, several times over, and the best of each count:
+on a shared machine whoever else runs makes either of them slower, never faster. Weights are blocks of random
+small bytes, so that every type can be had in every shape; a product takes the same time whatever they hold.
 """
 
 from __future__ import annotations
@@ -98,14 +98,13 @@ def now() -> int:
 
 
 def against_ceiling(call: Callable[[], float], threads: int, rounds: int) -> tuple[float, float, float]:
-    """(share, value, ceiling) of a call that returns GFLOP/s; of the rounds the one of the median share."""
-    found = []
+    """(share, value, ceiling) of a call that returns GFLOP/s: the best of each over the rounds."""
+    ceilings, values = [engine.fma_gflops(threads, seconds=_SPIN_S)], []
     for _ in range(rounds):
-        before = engine.fma_gflops(threads, seconds=_SPIN_S)
-        value = call()
-        ceiling = (before + engine.fma_gflops(threads, seconds=_SPIN_S)) / 2
-        found.append((value / ceiling, value, ceiling))
-    return sorted(found)[len(found) // 2]
+        values.append(call())
+        ceilings.append(engine.fma_gflops(threads, seconds=_SPIN_S))
+    value, ceiling = max(values), max(ceilings)
+    return value / ceiling, value, ceiling
 
 
 def gemm(
@@ -129,8 +128,8 @@ def gemm(
                         theirs.append(product.gflop / blas.seconds(rows, columns, n_tokens))  # noqa: B023
                         return value
 
-                    share, value, ceiling = against_ceiling(once, threads, 3)
-                    sgemm = median(theirs)
+                    share, value, ceiling = against_ceiling(once, threads, 4)
+                    sgemm = max(theirs)
                     yield {
                         "type": name, "matrix": f"{rows}x{columns}", "n_tokens": n_tokens, "threads": threads,
                         "gflops": value, "ceiling": ceiling, "share": share, "openblas": sgemm,
@@ -176,16 +175,13 @@ def few(types: Sequence[str], threads: int, n_bytes: int) -> Iterator[dict[str, 
         tensors = [Tensor(name, one.type, one.shape, 0, one.n_bytes, part) for part in data]
         for n_tokens in FEW_TOKENS:
             product = Product(tensors, n_tokens, threads)
-            found = []
-            for _ in range(3):
-                bandwidth, ceiling = limits(threads)
-                spent = seconds(product, 3)
-                after = limits(threads)
-                bandwidth, ceiling = (bandwidth + after[0]) / 2, (ceiling + after[1]) / 2
-                gflops, read = product.gflop / spent, product.n_bytes / spent / 1e9
-                share = max(gflops / ceiling, read / bandwidth)
-                found.append((share, spent, gflops, ceiling, read, bandwidth))
-            share, spent, gflops, ceiling, read, bandwidth = sorted(found)[1]
+            tops, times = [limits(threads)], []
+            for _ in range(4):
+                times.append(seconds(product, 3))
+                tops.append(limits(threads))
+            spent, (bandwidth, ceiling) = min(times), map(max, zip(*tops, strict=True))
+            gflops, read = product.gflop / spent, product.n_bytes / spent / 1e9
+            share = max(gflops / ceiling, read / bandwidth)
             yield {
                 "type": name, "n_tokens": n_tokens, "threads": threads,
                 "ns_a_weight": threads * spent / product.n_weights * 1e9, "gb_per_s": read,
@@ -247,7 +243,7 @@ def int8(types: Sequence[str], n_tokens: int = 480) -> Iterator[dict[str, Any]]:
         if packer8(name) is None:
             continue
         product = Product8(random_tensor(name, 1536, 1536), n_tokens)
-        share, value, ceiling = against_ceiling(lambda p=product: p.gflop / seconds(p, 3), 1, 3)  # type: ignore[misc]
+        share, value, ceiling = against_ceiling(lambda p=product: p.gflop / seconds(p, 3), 1, 4)  # type: ignore[misc]
         yield {
             "type": name, "n_tokens": n_tokens, "gop_per_s": value, "f32_ceiling": ceiling, "over_f32": share,
             "flop_per_byte": 1e9 * product.gflop / product.n_bytes,

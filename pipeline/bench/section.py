@@ -6,17 +6,23 @@ It lies between two comments and is replaced as a whole, so that no figure in it
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pipeline.bench.libllama import OPTIONS
+from pipeline.bench.players import PEERS
 from pipeline.bench.preflight import OURS
 from pipeline.bench.report import CASES
 from pipeline.errors import SettingsError
 
 BEGIN, END = "<!-- speed: made by `make speed`, do not edit -->", "<!-- speed: end -->"
 _NAMES = {"pagemill": "Pagemill", "llama_cpp": "llama.cpp", "ik_llama_cpp": "ik_llama.cpp"}
+_WIDTH = 120  # columns of the README
+_ENABLED = re.compile(r"(\w+) = 1")  # as llama.cpp tells its features
 _FEW, _MANY = (1, 2, 4, 8), 512
 Row = Mapping[str, Any]
 
@@ -67,7 +73,7 @@ def _machine(rows: Sequence[Row], bench: Row) -> str:
     low, high = (f(row["fma_gflops"] for row in rows) for f in (min, max))
     slow, fast = (f(row["read_gb_per_s"] for row in rows) for f in (min, max))
     rounds = min(row["n"] for row in rows)
-    return (
+    return _wrapped(
         f"{said} Medians of {rounds} rounds in which the engines take turns, each in a process of its own on "
         "the same cores, every peer with the fastest of up to three settings. Between the rounds the "
         f"machine's ceiling of float32 multiply-adds was {low:.0f}-{high:.0f} GFLOP/s, reading memory "
@@ -118,15 +124,22 @@ def _settings(rows: Sequence[Row]) -> list[str]:
             continue
         options: dict[str, list[str]] = {}
         for row in own:
-            known = json.loads(row["options"])
-            said = ", ".join(f"{key}={known[key]}" for key in sorted(known)) or "defaults"
+            known = (OPTIONS if name in PEERS else {}) | json.loads(row["options"])
+            said = (
+                ", ".join(f"{key}={known[key]}" for key in sorted(known) if known[key] is not None)
+                or "defaults"
+            )
             tests = options.setdefault(said, [])
             tests += [row["test"]] if row["test"] not in tests else []
         chosen = "; ".join(f"{said} ({', '.join(tests)})" for said, tests in options.items())
         first = own[0]
+        features = _ENABLED.findall(first["engine_features"] or "") or [first["engine_features"] or "?"]
         lines.append(
-            f"- {_NAMES[name]} {first['engine_version']}: KV cache {first['kv_type']}, compiled for "
-            f"{first['engine_features']}; {chosen}"
+            _wrapped(
+                f"- {_NAMES[name]} {first['engine_version']}: KV cache {first['kv_type']}, compiled for "
+                f"{' '.join(features)}; {chosen}",
+                "  ",
+            )
         )
     return ["\n".join(lines)] if lines else []
 
@@ -151,12 +164,12 @@ def _kernels(bench: Row) -> list[str]:
         lines.append(cells)
     headings = ["type", "512 tokens", "over OpenBLAS", "decoding, ns a weight"]
     headings += [f"{n} token{'s' if n > 1 else ''}" for n in _FEW] + ["int8"]
-    return [
+    said = _wrapped(
         "Products on one thread, decoding included, as shares of what the same process could do just before "
         "and after: of float32 multiply-adds, and for a few tokens of reading memory / of multiply-adds. "
-        "OpenBLAS multiplies float32 weights; `int8` rounds 480 tokens to 8 bits:\n\n"
-        + _table(headings, lines)
-    ]
+        "OpenBLAS multiplies float32 weights; `int8` rounds 480 tokens to 8 bits:"
+    )
+    return [f"{said}\n\n{_table(headings, lines)}"]
 
 
 def _passes(bench: Row) -> str:
@@ -174,3 +187,10 @@ def _passes(bench: Row) -> str:
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rules = ["---", *["---:"] * (len(headings) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *rows))
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Prose in the README's width."""
+    return textwrap.fill(
+        text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -64,7 +64,13 @@ def bench() -> dict[str, Any]:
 def test_a_section_compares_each_type_with_the_faster_peer() -> None:
     rows = [
         row("pagemill", "a"),
-        row("llama_cpp", "a", tok_per_s=200.0, options='{"ubatch":2048,"flash_attention":true}'),
+        row(
+            "llama_cpp",
+            "a",
+            tok_per_s=200.0,
+            engine_features="AVX2 = 1 | AMX = 0 | FMA = 1",
+            options='{"ubatch":2048,"flash_attention":true}',
+        ),
         row("ik_llama_cpp", "a", tok_per_s=400.0),
         row("pagemill", "b", type="F32", tok_per_s=500.0, fma_gflops=190.0),
         row("llama_cpp", "b", type="F32", tok_per_s=250.0),
@@ -75,7 +81,11 @@ def test_a_section_compares_each_type_with_the_faster_peer() -> None:
     assert "| F32 | 500.0 | 75% | 250.0 | - | 2.00 |" in text
     assert "| Q4_1 | 600.0 | 75% |\n" in text, "a test without a peer"
     assert "190-210 GFLOP/s" in text
-    assert "flash_attention=True, ubatch=2048 (ppl512); defaults (ppl512)" in text
+    flat = " ".join(text.split())
+    assert "llama.cpp 1.2: KV cache f16, compiled for AVX2 FMA; batch=2048, flash_attention=True" in flat
+    assert "ubatch=2048 (ppl512); batch=2048" in flat, "several settings, each with its tests"
+    assert "Pagemill 1.2: KV cache f16, compiled for avx2 fma; defaults (ppl512, tg32)" in flat
+    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("|"))
     assert (
         "| Q4_1 | 0.95 | 1.10 | 0.060 | 0.40 / 0.20 | 0.40 / 0.28 | 0.40 / 0.40 | 0.40 / 0.57 | 2.50 |"
         in text
