@@ -35,6 +35,7 @@ class Blas:
         return float(self._process.stdout.readline())
 
     def __enter__(self) -> Blas:
+        self.seconds(64, 64, 64)  # imports are over
         return self
 
     def __exit__(

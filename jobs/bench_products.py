@@ -29,6 +29,7 @@ TYPES = ("Q4_1", "Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q2_K", "F16", "F32")
 FEW_TOKENS = (1, 2, 4, 8)
 
 _FLOATS = {"F32": "<f4", "F16": "<f2"}
+_SETTLE_S = 0.2  # until OpenBLAS's threads have stopped looking for work
 _SPIN_S = 0.01  # of each of the five rounds of a ceiling
 _READ_BYTES = 64 << 20
 _CLOCK = Work([STRIP], STRIP)
@@ -126,6 +127,7 @@ def gemm(
                     def once(product: Product = product, theirs: list[float] = theirs) -> float:
                         value = product.gflop / seconds(product, 3)
                         theirs.append(product.gflop / blas.seconds(rows, columns, n_tokens))  # noqa: B023
+                        time.sleep(_SETTLE_S if threads > 1 else 0.0)
                         return value
 
                     share, value, ceiling = against_ceiling(once, threads, 4)

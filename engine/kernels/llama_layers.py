@@ -13,23 +13,22 @@ from numpy.typing import NDArray
 
 from engine.kernels._jit import kernel
 from engine.kernels.attention import attend, store_keys_values
-from engine.kernels.native import meet, ticks
+from engine.kernels.native import ticks
 from engine.kernels.norm import add_rms_norm, norm_heads
 from engine.kernels.panels import embed
 from engine.kernels.product import (
     ATTEND,
-    COLUMNS,
     EMBED,
     NORM,
     ROTATE,
     STORE,
-    WAIT,
-    WIDTH8,
+    meet_all,
     own_panels,
     own_part,
     project,
     project_swiglu,
     quantize,
+    quantize_and_meet,
     spend,
 )
 from engine.kernels.rope import rotate
@@ -87,28 +86,12 @@ class Stream(NamedTuple):
 
 
 @kernel
-def _meet(gate, share, work):
-    """All threads have come this far."""
-    began = ticks()
-    meet(gate, share.threads)
-    spend(work, WAIT, began)
-
-
-@kernel
 def _norm(stream, weight, eps, share, work):
     """x += normed; normed = rms_norm(x) * weight."""
     began = ticks()
     x, normed = stream.x, stream.normed
     add_rms_norm(x, normed, weight, eps, share.first, share.last, share.n_tokens, work, normed)
     spend(work, NORM, began)
-
-
-@kernel
-def _quantize_and_meet(x, m, share, work, gate):
-    """What a weight multiplies, in 8 bits where activations are."""
-    quantize(x, m[COLUMNS], share, work)
-    if share.by_rows and work[WIDTH8] != 0:
-        _meet(gate, share, work)
 
 
 @kernel
@@ -143,12 +126,12 @@ def run_layers(
         _norm(stream, layers.attn_norm[index], s.norm_eps, share, work)
         quantize(normed, layers.attn_norm.shape[1], share, work)
         if share.by_rows:
-            _meet(gate, share, work)
+            meet_all(gate, share, work)
         project(m[Q], normed, q, share, work)
         project(m[K], normed, k, share, work)
         project(m[V], normed, v, share, work)
         if share.by_rows:
-            _meet(gate, share, work)
+            meet_all(gate, share, work)
         began = ticks()
         norm_heads(q, head0, head1, layers.q_norm[index], s.head_eps, p0, p1, n_tokens, work)
         norm_heads(k, group0, group1, layers.k_norm[index], s.head_eps, p0, p1, n_tokens, work)
@@ -160,7 +143,7 @@ def run_layers(
         t0, t1 = p0 * NR, min(p1 * NR, n_tokens)
         store_keys_values(k, v, slots, cells, t0, t1, group0, group1, keys[kept], values[kept])
         spend(work, STORE, began)
-        _meet(gate, share, work)
+        meet_all(gate, share, work)
         began = ticks()
         attend(
             q, s.n_heads, head0, head1, s.scale, cells, slots, present, starts, counts, keys[kept],
@@ -168,21 +151,21 @@ def run_layers(
         )  # fmt: skip
         spend(work, ATTEND, began)
         if share.by_rows:
-            _meet(gate, share, work)
-        _quantize_and_meet(q, m[OUT], share, work, gate)
+            meet_all(gate, share, work)
+        quantize_and_meet(q, m[OUT], share, work, gate)
         project(m[OUT], q, normed, share, work)
         if share.by_rows:
-            _meet(gate, share, work)
+            meet_all(gate, share, work)
         _norm(stream, layers.ffn_norm[index], s.norm_eps, share, work)
         quantize(normed, layers.ffn_norm.shape[1], share, work)
         if share.by_rows:
-            _meet(gate, share, work)
+            meet_all(gate, share, work)
         project_swiglu(m[GATE], m[UP], normed, ff, share, work)
         if share.by_rows:
-            _meet(gate, share, work)
-        _quantize_and_meet(ff, m[DOWN], share, work, gate)
+            meet_all(gate, share, work)
+        quantize_and_meet(ff, m[DOWN], share, work, gate)
         project(m[DOWN], ff, normed, share, work)
         if share.by_rows or keys.shape[0] == 1:
-            _meet(gate, share, work)  # before the next layer's keys replace those that others still read
+            meet_all(gate, share, work)  # before the next layer's keys replace those that others still read
     if last == layers.rotated.size:
         _norm(stream, layers.output_norm, s.norm_eps, share, work)

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.kernels._jit import kernel
 from engine.kernels.maths import exp64, log64
-from engine.kernels.native import doubles_at, floats_at, meet, ticks
+from engine.kernels.native import doubles_at, floats_at, ticks
 from engine.kernels.product import (
     COLUMNS,
     FEW_STRIPS,
@@ -25,6 +25,7 @@ from engine.kernels.product import (
     few_product,
     gather_few,
     lanes_used,
+    meet_all,
     own_panels,
     own_part,
     quantize,
@@ -101,7 +102,7 @@ def write_logits(m, x, share, work, gate, out):
     p0, p1 = own_panels(share)
     quantize(x, depth, share, work)
     if share.by_rows and work[WIDTH8] != 0:
-        meet(gate, share.threads)
+        meet_all(gate, share, work)
     is_few = takes_few(m, n_tokens)
     if is_few:
         gather_few(x, depth, n_tokens, work)

@@ -12,19 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.kernels._jit import kernel
-from engine.kernels.native import address, meet, ticks
+from engine.kernels.native import address, ticks
 from engine.kernels.norm import add_rms_norm
 from engine.kernels.panels import embed
 from engine.kernels.product import (
     ATTEND,
-    COLUMNS,
     EMBED,
     NORM,
     ROTATE,
-    WAIT,
-    WIDTH8,
+    meet_all,
     project,
     quantize,
+    quantize_and_meet,
     spend,
 )
 from engine.kernels.ssm import ScanRows, norm_rows, ssm_conv, ssm_scan
@@ -89,18 +88,10 @@ class Stream(NamedTuple):
 
 
 @kernel
-def _meet(gate, share, work):
-    """All threads have come this far."""
-    began = ticks()
-    meet(gate, share.threads)
-    spend(work, WAIT, began)
-
-
-@kernel
 def _meet_by_rows(gate, share, work):
     """The same where threads divide products by rows."""
     if share.by_rows:
-        _meet(gate, share, work)
+        meet_all(gate, share, work)
 
 
 @kernel
@@ -130,14 +121,6 @@ def _norm_and_meet(stream, weight, eps, share, work, gate):
 
 
 @kernel
-def _quantize_and_meet(x, m, share, work, gate):
-    """What a weight multiplies, in 8 bits where activations are."""
-    quantize(x, m[COLUMNS], share, work)
-    if share.by_rows and work[WIDTH8] != 0:
-        _meet(gate, share, work)
-
-
-@kernel
 def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_state, state, share, work, gate):
     """Layers first <= l < last of Mamba or FalconMamba for this thread's share.
 
@@ -158,13 +141,13 @@ def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_stat
         m = layers.matrices[index]
         _norm_and_meet(stream, layers.norm[index], s.eps, share, work, gate)
         project(m[IN], stream.normed, inner, share, work)
-        _meet(gate, share, work)
+        meet_all(gate, share, work)
         began = ticks()
         weight, bias = layers.conv_weight[index], layers.conv_bias[index]
         ssm_conv(inner, 0, s.inner, weight, bias, runs, conv_state, index, share, scratch)
         spend(work, CONV, began)
-        _meet(gate, share, work)
-        _quantize_and_meet(inner, m[X], share, work, gate)
+        meet_all(gate, share, work)
+        quantize_and_meet(inner, m[X], share, work, gate)
         project(m[X], inner, low, share, work)
         _meet_by_rows(gate, share, work)
         ones = layers.inner_norm[index]
@@ -175,17 +158,17 @@ def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_stat
             norm_rows(low, rows.b, of_state, s.eps, p0, p1, share.n_tokens, work)
             norm_rows(low, rows.c, of_state, s.eps, p0, p1, share.n_tokens, work)
             _meet_by_rows(gate, share, work)
-        _quantize_and_meet(low, m[DT], share, work, gate)
+        quantize_and_meet(low, m[DT], share, work, gate)
         project(m[DT], low, stream.dt, share, work)
-        _meet(gate, share, work)
+        meet_all(gate, share, work)
         began = ticks()
         a, dt_bias, d = layers.a[index], layers.dt_bias[index], layers.d[index]
         ssm_scan(
             inner, low, stream.dt, rows, s.inner, 1, a, dt_bias, d, runs, state, index, share, scratch,
         )  # fmt: skip
         spend(work, SCAN, began)
-        _meet(gate, share, work)
-        _quantize_and_meet(inner, m[OUT], share, work, gate)
+        meet_all(gate, share, work)
+        quantize_and_meet(inner, m[OUT], share, work, gate)
         project(m[OUT], inner, stream.normed, share, work)
         _meet_by_rows(gate, share, work)
     if last == layers.norm.shape[0]:
@@ -207,19 +190,19 @@ def run_mamba2_layers(first, last, layers, shape, stream, tokens, runs, conv_sta
         m = layers.matrices[index]
         _norm_and_meet(stream, layers.norm[index], s.eps, share, work, gate)
         project(m[IN], stream.normed, inner, share, work)
-        _meet(gate, share, work)
+        meet_all(gate, share, work)
         began = ticks()
         weight, bias = layers.conv_weight[index], layers.conv_bias[index]
         ssm_conv(inner, x_row, n_conv, weight, bias, runs, conv_state, index, share, scratch)
         began = spend(work, CONV, began)
-        _meet(gate, share, work)  # a thread's channels need the B and C of others
+        meet_all(gate, share, work)  # a thread's channels need the B and C of others
         began = ticks()
         a, dt_bias, d = layers.a[index], layers.dt_bias[index], layers.d[index]
         ssm_scan(
             inner, inner, inner, rows, s.inner, s.n_groups, a, dt_bias, d, runs, state, index, share, scratch,
         )  # fmt: skip
         spend(work, SCAN, began)
-        _meet(gate, share, work)
+        meet_all(gate, share, work)
         began = ticks()
         for group in range(s.n_groups):
             of_group = layers.inner_norm[index][group * width : (group + 1) * width]
@@ -227,7 +210,7 @@ def run_mamba2_layers(first, last, layers, shape, stream, tokens, runs, conv_sta
             norm_rows(inner, group * width, of_group, s.eps, p0, p1, share.n_tokens, work)
         spend(work, NORM, began)
         _meet_by_rows(gate, share, work)
-        _quantize_and_meet(inner, m[OUT], share, work, gate)
+        quantize_and_meet(inner, m[OUT], share, work, gate)
         project(m[OUT], inner, stream.normed, share, work)
         _meet_by_rows(gate, share, work)
     if last == layers.norm.shape[0]:

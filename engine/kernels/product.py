@@ -36,6 +36,7 @@ from engine.kernels.native import (
     call_packer,
     floats_at,
     integers_at,
+    meet,
     ticks,
 )
 from engine.kernels.tile import FEW, LANES, MR, NR, STRIP, few_rows, few_tile, tile
@@ -105,6 +106,14 @@ def spend(work, item, since):
     clock = integers_at(work[CLOCK], CLOCKS)
     clock[item] += now - since
     return now
+
+
+@kernel
+def meet_all(gate, share, work):
+    """All threads have come this far."""
+    began = ticks()
+    meet(gate, share.threads)
+    spend(work, WAIT, began)
 
 
 @kernel
@@ -205,6 +214,14 @@ def quantize(x, depth, share, work):
             source, depth, tokens, work[QUANTS8] + at, work[SCALES8] + at // 8, work[SUMS8] + at // 4
         )
     spend(work, QUANTIZE, began)
+
+
+@kernel
+def quantize_and_meet(x, m, share, work, gate):
+    """What a weight multiplies, in 8 bits where activations are."""
+    quantize(x, m[COLUMNS], share, work)
+    if share.by_rows and work[WIDTH8] != 0:
+        meet_all(gate, share, work)
 
 
 @kernel

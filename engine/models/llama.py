@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import CapacityError, UnsupportedModel
+from engine.errors import UnsupportedModel
 from engine.hparams import LlamaParams, Rope, llama_params
 from engine.kernels.llama_layers import Layers, Shape, Stream, run_layers
-from engine.kernels.logprob import score, write_logits
-from engine.kernels.panels import gather_columns
 from engine.kernels.product import Share
 from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table
-from engine.kernels.tile import FEW, NR, STRIP
+from engine.kernels.tile import NR, STRIP
+from engine.models.decoder import Decoder
 from engine.state import KVCache, Rotation, kv_bytes
 from engine.weights import (
     Crew,
@@ -52,7 +51,6 @@ from engine.weights import (
 )
 
 if TYPE_CHECKING:
-    from engine.batch import Batch
     from engine.gguf import GGUFFile
 
 
@@ -96,7 +94,7 @@ class _Weights:
         self.layers = self.layers._replace(matrices=self._fields())
 
 
-class Llama:
+class Llama(Decoder):
     """A LLaMA-architecture model on a mapped file; see `engine.model.Model` for the interface."""
 
     def __init__(
@@ -104,14 +102,11 @@ class Llama:
     ) -> None:
         self.params = p = llama_params(file)
         self._activations = activations
-        self.n_vocab, self.batch_tokens = p.n_vocab, batch_tokens
         self._file = file  # keeps the mapping open for as long as its views are used
         self._embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
         tied = "output.weight" not in file.tensors
         head = "token_embd.weight" if tied else "output.weight"
-        self._head = matrix(file, head, p.n_vocab, p.width, activations)
         self._weights = _Weights(file, p, self._embedding, activations)
-        self._has_dots = False  # needed, and compiled, by the first batch of few tokens
         self._frequencies, self._magnitude = _rotation(file, p.rope)
         _refuse_strangers(file, p)
 
@@ -120,9 +115,12 @@ class Llama:
             p.norm_eps / p.residual_scale / p.residual_scale, p.norm_eps,
         )  # fmt: skip
         octets = Octets(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else None
-        self._crew = Crew(threads, lambda: Work(_depths(p), p.head_width, octets))
+        crew = Crew(threads, lambda: Work(_depths(p), p.head_width, octets))
         self._stream = Stream(*(aligned(*shape) for shape in _stream_shapes(p, batch_tokens)))
-        self._top, self._total = (np.zeros((len(self._stream.x), NR), np.float64) for _ in range(2))
+        super().__init__(
+            matrix(file, head, p.n_vocab, p.width, activations), crew, self._weights.add_dots, batch_tokens,
+            self._stream.normed, self._stream.ff,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -135,65 +133,6 @@ class Llama:
         rotation = Rotation(self._frequencies, p.rope.halves, self._weights.layers.rotated)
         return KVCache(n_slots, capacity, p.n_layers, p.n_kv_heads, p.head_width, kv, fleeting, rotation)
 
-    def nll(self, batch: Batch, cache: KVCache) -> NDArray[np.float64]:
-        """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,)."""
-        rows, targets = batch.scored, batch.wanted
-        if rows.size > self.batch_tokens:
-            raise CapacityError(
-                f"{rows.size} targets in a batch; the model was loaded for {self.batch_tokens}"
-            )
-        if rows.size and targets.max() >= self.n_vocab:
-            raise ValueError(f"target {targets.max()} of a vocabulary of {self.n_vocab}")
-        self._forward(batch, cache)
-        out = np.empty(rows.size, np.float64)
-        if rows.size:
-            final, head = self._gathered(batch, rows), self._head.fields
-
-            def call(share: Share, work: Fields) -> None:
-                score(head, final, share, targets, work, self._top, self._total, out)
-
-            self._crew.run(call, self._crew.shares(rows.size))
-        return out
-
-    def logits(self, batch: Batch, cache: KVCache) -> NDArray[np.float32]:
-        """Logits of every token marked in `batch.outputs`, in batch order: float32 (n_outputs, V)."""
-        rows = np.flatnonzero(batch.outputs)
-        self._forward(batch, cache)
-        out = np.empty((rows.size, self.n_vocab), np.float32)
-        if rows.size:
-            final, head = self._gathered(batch, rows), self._head.fields
-
-            gate = np.zeros(1, np.int64)
-
-            def call(share: Share, work: Fields) -> None:
-                write_logits(head, final, share, work, gate, out)
-
-            self._crew.run(call, self._crew.shares(rows.size))
-        return out
-
-    def clock(self) -> NDArray[np.int64]:
-        """Ticks that threads have spent, all together: (CLOCKS,), see engine.kernels.product."""
-        return self._crew.clock()
-
-    def _forward(self, batch: Batch, cache: KVCache) -> None:
-        """Runs the layers; then `normed` holds the final norm of the tokens in the order `batch.order`."""
-        size = len(batch)
-        if size > self.batch_tokens:
-            raise CapacityError(f"a batch of {size} tokens; the model was loaded for {self.batch_tokens}")
-        tokens = batch.tokens[batch.order]
-        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            raise ValueError(
-                f"token ids from {tokens.min()} to {tokens.max()}; expected 0 to {self.n_vocab - 1}"
-            )
-        slots, positions = batch.slots[batch.order], batch.positions[batch.order]
-        cells = cache.claim(slots, positions)
-        try:
-            self._run_layers(tokens, slots, positions, cells, cache)
-        except BaseException:
-            cache.cancel()
-            raise
-        cache.release()
-
     def _run_layers(
         self,
         tokens: NDArray[np.int32],
@@ -202,32 +141,18 @@ class Llama:
         cells: NDArray[np.int32],
         cache: KVCache,
     ) -> None:
-        if tokens.size <= FEW and not self._has_dots:
-            self._weights.add_dots()
-            self._head.add_dots()
-            self._has_dots = True
         shares = self._crew.shares(tokens.size)
         runs = [tasks(slots, share) for share in shares]
         s, layers = self._stream, self._weights.layers
         rope_table(positions, self._frequencies, self._magnitude, s.cos, s.sin)
-        step = self.params.n_layers if shares[0].n_panels <= 8 else 1  # between calls Python hears signals
-        for first in range(0, self.params.n_layers, step):
-            gate = np.zeros(1, np.int64)
 
-            def call(share: Share, work: Fields, first: int = first, gate: Fields = gate) -> None:
-                run_layers(
-                    first, first + step, layers, self._shape, s, tokens, slots, cells, cache.present,
-                    *runs[share.thread], cache.keys, cache.values, share, work, gate,
-                )  # fmt: skip
+        def kernel(first: int, last: int, share: Share, work: Fields, gate: Fields) -> None:
+            run_layers(
+                first, last, layers, self._shape, s, tokens, slots, cells, cache.present, *runs[share.thread],
+                cache.keys, cache.values, share, work, gate,
+            )  # fmt: skip
 
-            self._crew.run(call, shares)
-
-    def _gathered(self, batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The final norm of the batch's tokens `rows`, side by side in the feed-forward's panels."""
-        place = np.empty(len(batch), np.int64)
-        place[batch.order] = np.arange(len(batch))
-        gather_columns(self._stream.normed, place[rows], self.params.width, self._stream.ff)
-        return self._stream.ff
+        self._run(self.params.n_layers, shares, kernel)
 
 
 def footprint(

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import CapacityError, UnsupportedModel
-from engine.kernels.logprob import score, write_logits
+from engine.errors import UnsupportedModel
 from engine.kernels.mamba_layers import Layers, Shape, Stream, run_mamba2_layers, run_mamba_layers
-from engine.kernels.panels import gather_columns
 from engine.kernels.product import BIAS, Share
 from engine.kernels.ssm import runs_of, scratch_floats, strips_of
-from engine.kernels.tile import FEW, NR, STRIP
+from engine.kernels.tile import NR, STRIP
 from engine.mamba_params import MambaParams, mamba_params
+from engine.models.decoder import Decoder
 from engine.recurrent import RecurrentCache
 from engine.weights import (
     Crew,
@@ -48,7 +47,6 @@ from engine.weights import (
 )
 
 if TYPE_CHECKING:
-    from engine.batch import Batch
     from engine.gguf import GGUFFile
 
 
@@ -119,7 +117,7 @@ class _Weights:
         self.layers = self.layers._replace(matrices=self._fields())
 
 
-class Mamba:
+class Mamba(Decoder):
     """A Mamba, FalconMamba or Mamba-2 model on a mapped file; see `engine.model.Model` for the interface."""
 
     def __init__(
@@ -127,22 +125,21 @@ class Mamba:
     ) -> None:
         self.params = p = mamba_params(file)
         self._activations = activations
-        self.n_vocab, self.batch_tokens = p.n_vocab, batch_tokens
         self._file = file  # keeps the mapping open for as long as its views are used
         self._embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
         tied = "output.weight" not in file.tensors
         head = "token_embd.weight" if tied else "output.weight"
-        self._head = matrix(file, head, p.n_vocab, p.width, activations)
         self._weights = _Weights(file, p, self._embedding, activations)
-        self._has_dots = False  # needed, and compiled, by the first batch of few tokens
         _refuse_strangers(file, p)
 
         self._shape = Shape(p.inner, p.n_states, p.dt_rank, p.n_groups, p.head_width, p.norm_eps)
-        self._run = run_mamba2_layers if p.is_second else run_mamba_layers
         octets = Octets(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else None
-        self._crew = Crew(threads, lambda: Work(_depths(p), STRIP, octets))
+        crew = Crew(threads, lambda: Work(_depths(p), STRIP, octets))
         self._stream = Stream(*(aligned(*shape) for shape in _stream_shapes(p, threads, batch_tokens)))
-        self._top, self._total = (np.zeros((len(self._stream.x), NR), np.float64) for _ in range(2))
+        super().__init__(
+            matrix(file, head, p.n_vocab, p.width, activations), crew, self._weights.add_dots, batch_tokens,
+            self._stream.normed, self._stream.inner,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -155,88 +152,23 @@ class Mamba:
         """A cache of `n_slots` sequences of any length; the other arguments mean nothing to a state."""
         return RecurrentCache(n_slots, self.params.n_layers, _state_shapes(self.params))
 
-    def nll(self, batch: Batch, cache: RecurrentCache) -> NDArray[np.float64]:
-        """-ln p(target) in nats of every token with a target, in batch order: float64 (n_scored,)."""
-        rows, targets = batch.scored, batch.wanted
-        if rows.size > self.batch_tokens:
-            raise CapacityError(
-                f"{rows.size} targets in a batch; the model was loaded for {self.batch_tokens}"
-            )
-        if rows.size and targets.max() >= self.n_vocab:
-            raise ValueError(f"target {targets.max()} of a vocabulary of {self.n_vocab}")
-        self._forward(batch, cache)
-        out = np.empty(rows.size, np.float64)
-        if rows.size:
-            final, head = self._gathered(batch, rows), self._head.fields
+    def _run_layers(
+        self,
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        cells: NDArray[np.int32],
+        cache: RecurrentCache,
+    ) -> None:
+        runs, run_kind = runs_of(cells), run_mamba2_layers if self.params.is_second else run_mamba_layers
 
-            def call(share: Share, work: Fields) -> None:
-                score(head, final, share, targets, work, self._top, self._total, out)
+        def kernel(first: int, last: int, share: Share, work: Fields, gate: Fields) -> None:
+            run_kind(
+                first, last, self._weights.layers, self._shape, self._stream, tokens, runs, *cache.states,
+                share, work, gate,
+            )  # fmt: skip
 
-            self._crew.run(call, self._crew.shares(rows.size))
-        return out
-
-    def logits(self, batch: Batch, cache: RecurrentCache) -> NDArray[np.float32]:
-        """Logits of every token marked in `batch.outputs`, in batch order: float32 (n_outputs, V)."""
-        rows = np.flatnonzero(batch.outputs)
-        self._forward(batch, cache)
-        out = np.empty((rows.size, self.n_vocab), np.float32)
-        if rows.size:
-            final, head = self._gathered(batch, rows), self._head.fields
-            gate = np.zeros(1, np.int64)
-
-            def call(share: Share, work: Fields) -> None:
-                write_logits(head, final, share, work, gate, out)
-
-            self._crew.run(call, self._crew.shares(rows.size))
-        return out
-
-    def clock(self) -> NDArray[np.int64]:
-        """Ticks that threads have spent, all together: (CLOCKS,), see engine.kernels.mamba_layers."""
-        total: NDArray[np.int64] = np.sum([work.clock for work in self._crew.works], axis=0, dtype=np.int64)
-        return total
-
-    def _forward(self, batch: Batch, cache: RecurrentCache) -> None:
-        """Runs the layers; then `normed` holds the final norm of the tokens in the order `batch.order`."""
-        size = len(batch)
-        if size > self.batch_tokens:
-            raise CapacityError(f"a batch of {size} tokens; the model was loaded for {self.batch_tokens}")
-        tokens = batch.tokens[batch.order]
-        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            raise ValueError(
-                f"token ids from {tokens.min()} to {tokens.max()}; expected 0 to {self.n_vocab - 1}"
-            )
-        cells = cache.claim(batch.slots[batch.order], batch.positions[batch.order])
-        try:
-            self._run_layers(tokens, cells, cache)
-        except BaseException:
-            cache.cancel()
-            raise
-        cache.release()
-
-    def _run_layers(self, tokens: NDArray[np.int32], cells: NDArray[np.int32], cache: RecurrentCache) -> None:
-        if tokens.size <= FEW and not self._has_dots:
-            self._weights.add_dots()
-            self._head.add_dots()
-            self._has_dots = True
-        shares, runs = self._crew.shares(tokens.size), runs_of(cells)
-        step = self.params.n_layers if shares[0].n_panels <= 8 else 1  # between calls Python hears signals
-        for first in range(0, self.params.n_layers, step):
-            gate = np.zeros(1, np.int64)
-
-            def call(share: Share, work: Fields, first: int = first, gate: Fields = gate) -> None:
-                self._run(
-                    first, first + step, self._weights.layers, self._shape, self._stream, tokens, runs,
-                    *cache.states, share, work, gate,
-                )  # fmt: skip
-
-            self._crew.run(call, shares)
-
-    def _gathered(self, batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The final norm of the batch's tokens `rows`, side by side in the widest panels."""
-        place = np.empty(len(batch), np.int64)
-        place[batch.order] = np.arange(len(batch))
-        gather_columns(self._stream.normed, place[rows], self.params.width, self._stream.inner)
-        return self._stream.inner
+        self._run(self.params.n_layers, self._crew.shares(tokens.size), kernel)
 
 
 def footprint(p: MambaParams, threads: int, batch_tokens: int, n_slots: int, activations: str) -> int:

@@ -177,13 +177,13 @@ def test_groups_of_strips_are_bounded():
 
 ONE_SIGNATURE = """
 import json, sys
-import engine.models.llama, engine.weights
+import engine.models.decoder, engine.models.llama
 from engine.quants import decoder
 from tests.engine.conftest import Scorer
 scorer = Scorer(sys.argv[1])
 scorer.score([5, 6, 7, 8])
 scorer.model.logits(engine.Batch([5, 6], [0, 1], outputs=[True, False]), scorer.model.new_cache(1, 2))
-modules = (engine.models.llama, engine.weights)
+modules = (engine.models.llama, engine.models.decoder)
 called = {n: v for m in modules for n, v in vars(m).items() if hasattr(v, "py_func")}
 called["decode_f32"] = decoder("F32")
 print(json.dumps({name: len(kernel.signatures) for name, kernel in called.items()}))

@@ -50,7 +50,8 @@ def test_subject_follows_numerics(monkeypatch):
 
 
 def test_subject_follows_what_changes_bits():
-    keys = {key_of(subject_of("c", kv, activations)) for kv in ("f32", "f16") for activations in ("f32", "int8")}
+    kinds = [(kv, activations) for kv in ("f32", "f16") for activations in ("f32", "int8")]
+    keys = {key_of(subject_of("c", *kind)) for kind in kinds}
     assert len(keys) == 4
 
 
