@@ -196,5 +196,5 @@ def _ceilings(threads: int, size: int) -> dict[str, float]:
     rates = {}
     for unit, (call, amount) in calls.items():
         call()
-        rates[unit] = threads * amount / seconds(call, 21)
+        rates[unit] = threads * amount / min(seconds(call, 1) for _ in range(21))
     return rates
