@@ -34,7 +34,7 @@ from engine.kernels.product import (
     takes_few,
     unpack,
 )
-from engine.kernels.tile import LANES, NR, STRIP
+from engine.kernels.tile import NR, STRIP
 
 HEAD_ROWS = 128  # part of the bits; whole strips
 
@@ -79,17 +79,15 @@ def _fold(logits, n_rows, lanes, largest, top, total):
     for t in range(lanes):
         largest[t] = top[t]
     for r in range(n_rows):
-        for v in range(0, lanes, LANES):
-            for t in range(v, v + LANES):
-                largest[t] = max(largest[t], np.float64(logits[r * NR + t]))
+        for t in range(lanes):
+            largest[t] = max(largest[t], np.float64(logits[r * NR + t]))
     for t in range(lanes):
         total[t] *= exp64(top[t] - largest[t])
         top[t] = largest[t]
         largest[t] = 0.0
     for r in range(n_rows):
-        for v in range(0, lanes, LANES):
-            for t in range(v, v + LANES):
-                largest[t] += exp64(np.float64(logits[r * NR + t]) - top[t])
+        for t in range(lanes):
+            largest[t] += exp64(np.float64(logits[r * NR + t]) - top[t])
     for t in range(lanes):
         total[t] += largest[t]
 

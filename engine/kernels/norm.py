@@ -66,9 +66,8 @@ def add_rms_norm(x, delta, weight, eps, first, last, n_tokens, work, out):
         for t in range(lanes):
             sums[t] = 1.0 / np.sqrt(sums[t] / width + eps)
         for d in range(width):
-            for v in range(0, lanes, LANES):
-                for t in range(v, v + LANES):
-                    out[p, d, t] = x[p, d, t] * np.float32(sums[t]) * weight[d]
+            for t in range(lanes):
+                out[p, d, t] = x[p, d, t] * np.float32(sums[t]) * weight[d]
 
 
 @kernel

@@ -349,8 +349,7 @@ def project_swiglu(gate, up, x, out, share, work):
                 strips_product(up, work[MORE_PACKS], n_strips, x, p, n_tokens, work[PRODUCT], work)
                 began = spend(work, MULTIPLY, began)
                 for row in range(n_rows):
-                    for v in range(0, lanes, LANES):
-                        for t in range(v, v + LANES):
-                            up_of = product[row * NR + t]
-                            out[p, row0 + row, t] = _silu_times(out[p, row0 + row, t], up_of)
+                    for t in range(lanes):
+                        up_of = product[row * NR + t]
+                        out[p, row0 + row, t] = _silu_times(out[p, row0 + row, t], up_of)
                 began = spend(work, ACTIVATE, began)

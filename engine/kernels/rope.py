@@ -13,7 +13,7 @@ from engine.kernels._jit import kernel
 from engine.kernels.maths import exp64, log64, sincos64
 from engine.kernels.product import lanes_used
 from engine.kernels.simd import fma
-from engine.kernels.tile import LANES, NR
+from engine.kernels.tile import NR
 
 _TURN = 2.0 * np.pi
 
@@ -78,8 +78,7 @@ def rotate(x, head0, head1, head_width, halves, cos, sin, first, last, n_tokens)
             for i in range(half):
                 row = h * head_width + step * i
                 other = row + apart
-                for v in range(0, lanes, LANES):
-                    for t in range(v, v + LANES):
-                        a, b, c, s = x[p, row, t], x[p, other, t], cos[p, i, t], sin[p, i, t]
-                        x[p, row, t] = fma(a, c, -(b * s))
-                        x[p, other, t] = fma(a, s, b * c)
+                for t in range(lanes):
+                    a, b, c, s = x[p, row, t], x[p, other, t], cos[p, i, t], sin[p, i, t]
+                    x[p, row, t] = fma(a, c, -(b * s))
+                    x[p, other, t] = fma(a, s, b * c)

@@ -20,7 +20,8 @@ from pipeline.bench.report import CASES
 from pipeline.errors import SettingsError
 
 BEGIN, END = "<!-- speed: made by `make speed`, do not edit -->", "<!-- speed: end -->"
-_NAMES = {"pagemill": "Pagemill", "llama_cpp": "llama.cpp", "ik_llama_cpp": "ik_llama.cpp"}
+_INT8 = "pagemill_int8"
+_NAMES = {OURS: "Pagemill", _INT8: "with int8", "llama_cpp": "llama.cpp", "ik_llama_cpp": "ik_llama.cpp"}
 _WIDTH = 120  # columns of the README
 _ENABLED = re.compile(r"(\w+) = 1")  # as llama.cpp tells its features
 _FEW, _MANY = (1, 2, 4, 8), 512
@@ -87,19 +88,22 @@ def _tables(rows: Sequence[Row]) -> list[str]:
     for test in dict.fromkeys(row["test"] for row in rows):
         chosen = [row for row in rows if row["test"] == test]
         models = list(dict.fromkeys(row["model_path"] for row in chosen))
-        peers = [name for name in _NAMES if name != OURS and any(row["engine"] == name for row in chosen)]
-        headings = ["type", "Pagemill", "of the ceiling", *(_NAMES[name] for name in peers)]
-        headings += ["over the faster"] if len(peers) > 1 else ["ratio"] * len(peers)
+        others = [name for name in _NAMES if name != OURS and any(row["engine"] == name for row in chosen)]
+        peers, has_int8 = [name for name in others if name != _INT8], _INT8 in others
+        headings = ["type", "Pagemill", "of the ceiling", *(_NAMES[name] for name in others)]
+        over = ["over the faster"] if len(peers) > 1 else ["ratio"] * len(peers)
+        headings += over + [f"int8 {heading}" for heading in over if has_int8]
         lines = []
         for model in models:
             of = {row["engine"]: row for row in chosen if row["model_path"] == model}
             if OURS not in of:
                 continue
-            speeds = [of[name]["tok_per_s"] if name in of else None for name in peers]
-            ours, known = of[OURS], [speed for speed in speeds if speed is not None]
-            cells = [ours["type"], f"{ours['tok_per_s']:.1f}", f"{ours['fma_share']:.0%}"]
-            cells += ["-" if speed is None else f"{speed:.1f}" for speed in speeds]
-            cells += [f"{ours['tok_per_s'] / max(known):.2f}" if known else "-"] if peers else []
+            speed = {name: row["tok_per_s"] for name, row in of.items()}
+            known = [speed[name] for name in peers if name in speed]
+            cells = [of[OURS]["type"], f"{speed[OURS]:.1f}", f"{of[OURS]['fma_share']:.0%}"]
+            cells += [f"{speed[name]:.1f}" if name in speed else "-" for name in others]
+            for name in [OURS, *[_INT8] * has_int8] if peers else []:
+                cells.append(f"{speed[name] / max(known):.2f}" if known and name in speed else "-")
             lines.append(cells)
         parts.append(f"{_told(chosen[0])}, tokens/s:\n\n{_table(headings, lines)}")
     return parts
