@@ -234,7 +234,7 @@ class Crew:
 
     def __init__(self, threads: int, make_work: Callable[[], Work]) -> None:
         self.works = [make_work() for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="engine") if threads > 1 else None
 
     def clock(self) -> NDArray[np.int64]:
         """Ticks that the threads have spent on each item, all together: (CLOCKS,)."""
@@ -256,11 +256,10 @@ class Crew:
         """call(share, fields of the thread's work) for every share, each in a thread; returns when all are
         done."""
         pairs = [(share, work.fields) for share, work in zip(shares, self.works, strict=True)]
-        if self._pool is None:
-            call(*pairs[0])
-        else:
-            for future in [self._pool.submit(call, *pair) for pair in pairs]:
-                future.result()
+        futures = [self._pool.submit(call, *pair) for pair in pairs[1:]] if self._pool else []
+        call(*pairs[0])  # this thread is one of them
+        for future in futures:
+            future.result()
 
 
 def tasks(slots: NDArray[np.int32], share: Share) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -334,9 +334,11 @@ def project_swiglu(gate, up, x, out, share, work):
                 product[i] = few[i]
             few = few_product(up, s, n_strips, n_tokens, work, work[PACKS])
             began = ticks()
+            for i in range(n_tokens * n_rows):
+                product[i] = _silu_times(product[i], few[i])
             for i in range(n_tokens):
                 for row in range(n_rows):
-                    out[0, row0 + row, i] = _silu_times(product[i * n_rows + row], few[i * n_rows + row])
+                    out[0, row0 + row, i] = product[i * n_rows + row]
             spend(work, ACTIVATE, began)
         else:
             unpack(gate, s, n_strips, work, work[PACKS])

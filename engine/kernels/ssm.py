@@ -34,7 +34,7 @@ from engine.kernels._jit import kernel
 from engine.kernels.native import address, doubles_at, floats_at
 from engine.kernels.product import SUMS, lanes_used
 from engine.kernels.ssm_steps import conv_steps, scan_steps, scan_steps_shared
-from engine.kernels.tile import LANES, NR, STRIP
+from engine.kernels.tile import NR, STRIP
 from engine.quants.strips import pack_f32
 
 _ROW = STRIP * 4  # bytes of a row of channels
@@ -256,13 +256,11 @@ def norm_rows(x, row, weight, eps, first, last, n_tokens, work):
         for t in range(lanes):
             sums[t] = 0.0
         for d in range(width):
-            for v in range(0, lanes, LANES):
-                for t in range(v, v + LANES):
-                    value = np.float64(x[p, row + d, t])
-                    sums[t] += value * value
+            for t in range(lanes):
+                value = np.float64(x[p, row + d, t])
+                sums[t] += value * value
         for t in range(lanes):
             sums[t] = 1.0 / np.sqrt(sums[t] / width + eps)
         for d in range(width):
-            for v in range(0, lanes, LANES):
-                for t in range(v, v + LANES):
-                    x[p, row + d, t] = x[p, row + d, t] * np.float32(sums[t]) * weight[d]
+            for t in range(lanes):
+                x[p, row + d, t] = x[p, row + d, t] * np.float32(sums[t]) * weight[d]

@@ -9,6 +9,7 @@ first place going round, and the machine's own limits between them.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from pipeline.bench.players import Player, PlayerError, options_of
 from pipeline.bench.work import Case
 
 log = logging.getLogger(__name__)
+
+_SETTLE_S = 0.5
 
 
 @dataclass
@@ -130,6 +133,7 @@ class Contest:
 
 
 def _tokens_per_s(player: Player, case: Case) -> float:
-    """One repetition."""
+    """One repetition, after a pause: threads of the engine before may go on spinning for a while."""
+    time.sleep(_SETTLE_S)
     done = player.measure(case.kind, n_prompt=case.n_prompt, n_generate=case.n_generate, n_seqs=case.n_seqs)
     return done.n_tokens / done.seconds

@@ -78,6 +78,7 @@ def played(monkeypatch):
     """Fake players, and a machine of 1000 GFLOP/s and 10 GB/s; the log of what they did."""
     FakePlayer.log, FakePlayer.fails_at = [], {}
     monkeypatch.setattr(rounds, "Player", FakePlayer)
+    monkeypatch.setattr(rounds, "_SETTLE_S", 0.0)
     monkeypatch.setattr(rounds, "options_of", lambda engine, kind: [{"slow": 1}, {"slow": 0}, {"slow": 2}])
     monkeypatch.setattr(preflight, "check_peers", lambda names: None)
     monkeypatch.setattr(throughput, "ready", lambda *_: dict(READY))
