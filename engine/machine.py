@@ -92,7 +92,7 @@ def gemm_gflops(file: GGUFFile, threads: int = 1, n_tokens: int = 512) -> float:
     x = {w.columns: aligned(panels, -(-w.columns // STRIP) * STRIP, NR) for w in weights}
     out = {w.rows: aligned(panels, -(-w.rows // STRIP) * STRIP, NR) for w in weights}
 
-    def stage(share: Any, work: Any) -> None:
+    def stage(share: Any, work: Any, gate: Any) -> None:
         for weight in weights:
             project(weight.fields, x[weight.columns], out[weight.rows], share, work)
 

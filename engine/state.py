@@ -87,11 +87,6 @@ class KVCache:
         """Bytes reserved."""
         return self.keys.nbytes + self.values.nbytes + self.present.nbytes
 
-    def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keys (S, G, C / KEYS, K, KEYS) and values (S, G, C, Kp) of a layer; views."""
-        kept = 0 if self.fleeting else index
-        return self.keys[kept], self.values[kept]
-
     def length(self, slot: int) -> int:
         """One more than the highest position that the slot holds; 0 when it is empty."""
         positions = self.positions(slot)

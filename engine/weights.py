@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -234,7 +234,7 @@ class Crew:
 
     def __init__(self, threads: int, make_work: Callable[[], Work]) -> None:
         self.works = [make_work() for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="engine") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine") if threads > 1 else None
 
     def clock(self) -> NDArray[np.int64]:
         """Ticks that the threads have spent on each item, all together: (CLOCKS,)."""
@@ -252,14 +252,26 @@ class Crew:
             Share(i, threads, by_rows, borders[i], borders[i + 1], n_panels, n_tokens) for i in range(threads)
         ]
 
-    def run(self, call: Callable[[Share, Fields], object], shares: Sequence[Share]) -> None:
-        """call(share, fields of the thread's work) for every share, each in a thread; returns when all are
-        done."""
+    def run(self, call: Callable[[Share, Fields, Fields], object], shares: Sequence[Share]) -> None:
+        """call(share, fields of the thread's work, gate) for every share, each in a thread.
+
+        Returns when all are done, and raises what one of them raised, or an interrupt. At the gate, (2,)
+        int64, threads meet (engine.kernels.native.meet).
+        """
+        gate = np.zeros(2, np.int64)
         pairs = [(share, work.fields) for share, work in zip(shares, self.works, strict=True)]
-        futures = [self._pool.submit(call, *pair) for pair in pairs[1:]] if self._pool else []
-        call(*pairs[0])  # this thread is one of them
-        for future in futures:
-            future.result()
+        if self._pool is None:
+            call(*pairs[0], gate)
+            return
+        futures: list[Future[object]] = []
+        try:
+            futures += [self._pool.submit(call, *pair, gate) for pair in pairs]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            gate[1] = 1  # one thread will not come: the others must not wait for it
+            wait(futures)
+            raise
 
 
 def tasks(slots: NDArray[np.int32], share: Share) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

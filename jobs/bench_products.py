@@ -78,7 +78,7 @@ class Product:
         """What the threads' clocks say of an item, all together."""
         return int(sum(work.clock[item] for work in self._crew.works))
 
-    def _stage(self, share: Any, work: Any) -> None:
+    def _stage(self, share: Any, work: Any, gate: Any) -> None:
         for weight in self._weights:
             project(weight.fields, self._x, self._out, share, work)
 

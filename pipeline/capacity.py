@@ -15,7 +15,7 @@ from pipeline.runtime import available_cores
 
 if TYPE_CHECKING:
     import engine
-    from pipeline.settings import PerplexitySettings
+    from pipeline.settings import EngineSettings, PerplexitySettings
     from pipeline.windows import CacheShape
 
 BASE_BYTES = 150_000_000
@@ -56,8 +56,6 @@ def check_run(
     Raises:
         SettingsError: naming the largest `engine.batch_tokens` that fits.
     """
-    import engine
-
     s, window = settings, settings.protocol.window
     if s.cluster.kind == "ray" or not n_shards:
         return
@@ -65,19 +63,28 @@ def check_run(
     n_workers = n_workers or max(1, min(available_cores() // s.engine.threads, n_shards))
 
     def need(batch_tokens: int) -> int:
-        own = engine.footprint(
-            file,
-            threads=s.engine.threads,
-            batch_tokens=batch_tokens,
-            kv=s.engine.kv,
-            activations=s.engine.activations,
-            **shape(batch_tokens)._asdict(),
-        )
-        return n_workers * (BASE_BYTES + own) + loaded_bytes(file, s.engine.load, n_workers)
+        own = worker_bytes(file, s.engine, batch_tokens, shape(batch_tokens))
+        return n_workers * own + loaded_bytes(file, s.engine.load, n_workers)
 
     workers = "1 worker wants" if n_workers == 1 else f"{n_workers} workers want"
     fewer = ", cluster.workers=1" if n_workers > 1 else ""
     check_batch(need, s.engine.batch_tokens, window, workers, f"{fewer} or engine.kv=f16")
+
+
+def worker_bytes(
+    file: engine.GGUFFile, settings: EngineSettings, batch_tokens: int, shape: CacheShape
+) -> int:
+    """Anonymous bytes of a worker: its interpreter, the model's activations and scratch, and its cache."""
+    import engine
+
+    return BASE_BYTES + engine.footprint(
+        file,
+        threads=settings.threads,
+        batch_tokens=batch_tokens,
+        kv=settings.kv,
+        activations=settings.activations,
+        **shape._asdict(),
+    )
 
 
 def check_batch(

@@ -6,7 +6,7 @@ machine's own speed: fused multiply-adds are timed here and now, a token takes o
 matrices, and the kernels reach about `SHARE` of the ceiling. Starting workers and compiling come on top.
 
 Memory is the model file, which all workers of a host share, and for each worker what its model and its
-cache allocate, which is known exactly, with `BASE_BYTES` for the interpreter and the libraries.
+cache allocate, which is known exactly, with `capacity.BASE_BYTES` for the interpreter and the libraries.
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ import math
 import socket
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import results
+from pipeline.capacity import worker_bytes
 from pipeline.preflight import Prepared
 from pipeline.settings import PerplexitySettings
 from pipeline.windows import cache_shape, open_protocol
 
-if TYPE_CHECKING:
-    import engine
-
 SHARE = 0.5
-BASE_BYTES = 150_000_000
 _LATEST = 5
 _ROWS = """
     select model_sha256, threads, protocol_window, tok_per_s / n_workers as rate
@@ -43,7 +40,6 @@ class Estimator:
         folder = Path(settings.paths.results)
         self._rows = results.select(folder, _ROWS, {"host": socket.gethostname()})
         self._gflops: float | None = None
-        self._model: tuple[Any, engine.Model] | None = None  # the latest, and of what
 
     def plan(self, ready: Prepared, n_workers: int) -> dict[str, Any]:
         """`estimated_s`, `estimated_from` in words, `model_bytes`, `worker_bytes`."""
@@ -53,7 +49,7 @@ class Estimator:
             "estimated_s": n_left / (rate * max(1, min(n_workers, len(ready.todo)))),
             "estimated_from": how,
             "model_bytes": ready.file.n_bytes,
-            "worker_bytes": self._worker_bytes(ready),
+            "worker_bytes": _worker_bytes(ready),
         }
 
     def _rate(self, ready: Prepared) -> tuple[float, str]:
@@ -94,25 +90,13 @@ class Estimator:
             self._gflops = engine.fma_gflops(threads)
         return self._gflops
 
-    def _worker_bytes(self, ready: Prepared) -> int:
-        """What a worker allocates: the model's buffers and the cache are made here, and never touched."""
-        import engine
 
-        s = ready.settings
-        wanted = ready.spec.model_path, s.engine
-        if self._model is None or self._model[0] != wanted:
-            made = engine.load_model(
-                ready.file,
-                threads=s.engine.threads,
-                batch_tokens=s.engine.batch_tokens,
-                activations=s.engine.activations,
-            )
-            self._model = wanted, made
-        model = self._model[1]
-        spec, n_tokens = ready.spec, ready.stream.tokens.size
-        protocol = open_protocol(s.protocol, spec.bos_id, ready.stream)
-        shape = cache_shape(protocol, n_tokens, s.protocol, spec.windows_per_shard, s.engine.batch_tokens)
-        return BASE_BYTES + model.nbytes + model.new_cache(shape.n_slots, shape.capacity).nbytes
+def _worker_bytes(ready: Prepared) -> int:
+    """What a worker allocates."""
+    s, spec, n_tokens = ready.settings, ready.spec, ready.stream.tokens.size
+    protocol = open_protocol(s.protocol, spec.bos_id, ready.stream)
+    shape = cache_shape(protocol, n_tokens, s.protocol, spec.windows_per_shard, s.engine.batch_tokens)
+    return worker_bytes(ready.file, s.engine, s.engine.batch_tokens, shape)
 
 
 def _runs(n: int) -> str:

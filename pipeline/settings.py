@@ -243,6 +243,24 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return (f"; did you mean {close[0]}?" if close else "") + f" (known: {', '.join(valid)})"
 
 
+def unknown(named: Sequence[tuple[str, str, Sequence[str]]]) -> list[str]:
+    """A sentence for each (key, value, valid values) whose value is not valid."""
+    return [
+        f"{key}={value} is not known{nearest(value, valid)}"
+        for key, value, valid in named
+        if value not in valid
+    ]
+
+
+def too_small(floors: Sequence[tuple[str, int | None, int, str]]) -> list[str]:
+    """A sentence for each (key, value or None, least value, why) whose value is below the least."""
+    return [
+        f"{key}={value} is too small; expected {floor} or more{f' ({why})' if why else ''}"
+        for key, value, floor, why in floors
+        if value is not None and value < floor
+    ]
+
+
 def _missing(s: PerplexitySettings) -> list[str]:
     wanted = {
         "model.path": (s.model.path, "model.path=FILE.gguf"),
@@ -270,11 +288,7 @@ def _names(s: PerplexitySettings) -> list[str]:
         ("tracking.kind", s.tracking.kind, TRACKING_KINDS),
         ("on_bad_point", s.on_bad_point, ON_BAD_POINT),
     ]
-    problems = [
-        f"{key}={value} is not known{nearest(value, valid)}"
-        for key, value, valid in named
-        if value not in valid
-    ]
+    problems = unknown(named)
     if s.data.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", s.data.sha256):
         problems.append(f"data.sha256={s.data.sha256} is not a SHA-256; expected 64 hexadecimal digits")
     return problems
@@ -292,11 +306,7 @@ def _numbers(s: PerplexitySettings) -> list[str]:
         ("cluster.windows_per_shard", s.cluster.windows_per_shard, 1, ""),
         ("seed", s.seed, 0, ""),
     ]
-    return [
-        f"{key}={value} is too small; expected {floor} or more{f' ({why})' if why else ''}"
-        for key, value, floor, why in floors
-        if value is not None and value < floor
-    ]
+    return too_small(floors)
 
 
 def _contradictions(s: PerplexitySettings) -> list[str]:

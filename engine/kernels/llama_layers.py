@@ -108,7 +108,7 @@ def run_layers(
         tokens, slots, cells: (T,) int32, where each token's keys go; present: (S, C) uint8.
         starts, counts: (n,) int64, the runs of tokens of one slot that this thread's attention takes.
         keys, values: of all layers, or of one that serves them all; see engine.state.KVCache.
-        gate: (1,) int64 zero, the same for all threads of this call (engine.kernels.native.meet).
+        gate: (2,) int64 zeros, the same for all threads of this call (engine.kernels.native.meet).
     """
     s, n_tokens = shape, share.n_tokens
     normed, q, k, v, ff = stream.normed, stream.q, stream.k, stream.v, stream.ff

@@ -130,7 +130,7 @@ def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_stat
     Args:
         tokens: (T,) int32.
         runs: engine.kernels.ssm.Runs; conv_state, state: see there.
-        gate: (1,) int64 zero, the same for all threads of this call (engine.kernels.native.meet).
+        gate: (2,) int64 zeros, the same for all threads of this call (engine.kernels.native.meet).
     """
     s, inner, low = shape, stream.inner, stream.low
     scratch = address(stream.scratch) + share.thread * stream.scratch.shape[1] * 4

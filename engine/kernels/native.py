@@ -34,7 +34,7 @@ def address_of(dispatcher, signature) -> int:
     """
     dispatcher.compile(signature)
     result = dispatcher.overloads[signature]
-    return int(result.library.get_pointer_to_function(result.fndesc.mangled_name))
+    return int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
 
 
 def _call_by_address(argument_types):
@@ -169,14 +169,15 @@ def _offer_core(typingctx):
 def meet(gate, threads):
     """Returns when all `threads` have called it as often as this one; what each wrote before is seen by all.
 
-    gate: (1,) int64, zero before the first meeting; it counts arrivals and is never reset.
+    gate: (2,) int64, zeros before the first meeting: arrivals, never reset, and whether one of the threads
+        will not come any more, after which nobody waits and what they compute is worth nothing.
     """
     if threads == 1:
         return
     arrived = _add_one(address(gate))
     goal = (arrived // threads + 1) * threads
     looks = 0
-    while _read(address(gate)) < goal:
+    while _read(address(gate)) < goal and _read(address(gate) + 8) == 0:
         looks += 1
         if looks % _PATIENCE == 0:
             _offer_core()

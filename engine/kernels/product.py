@@ -53,8 +53,8 @@ PACK8, MULTIPLY8, UNIT8, UNIT_BYTES8, OFFSET8, FIELDS = range(14, 20)
 
 # Working memory of a thread, an int64 table of addresses (engine.weights.Work): rows of a weight that has no
 # packer, decoded; two groups of strips; the product of a group with a panel; the operands of `few_tile`; sums
-# (NR,) float64; what engine.kernels.attention says; the clock. A table, because every array among the
-# arguments of a kernel is seven numbers to the compiler: a tuple of them took three times as long to compile.
+# (NR,) float64; what engine.kernels.attention says; the clock. So a kernel passes on one argument, whatever
+# those that it calls need.
 SPARE, PACKS, MORE_PACKS, PRODUCT, FEW_X, FEW_OUT, SUMS = range(7)
 QUERY, BLOCK_KEYS, BLOCK_VALUES, SCORES, ACC, RUNNING, CLOCK = range(7, 14)
 # The activations of a batch in 8 bits, of all threads, panel after panel as engine.kernels.int8 has them, for

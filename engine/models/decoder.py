@@ -70,7 +70,7 @@ class Decoder:
         if rows.size:
             final, head = self._gathered(batch, rows), self._head.fields
 
-            def call(share: Share, work: Fields) -> None:
+            def call(share: Share, work: Fields, gate: Fields) -> None:
                 score(head, final, share, targets, work, self._top, self._total, out)
 
             self._crew.run(call, self._crew.shares(rows.size))
@@ -82,9 +82,9 @@ class Decoder:
         self._forward(batch, cache)
         out = np.empty((rows.size, self.n_vocab), np.float32)
         if rows.size:
-            final, head, gate = self._gathered(batch, rows), self._head.fields, np.zeros(1, np.int64)
+            final, head = self._gathered(batch, rows), self._head.fields
 
-            def call(share: Share, work: Fields) -> None:
+            def call(share: Share, work: Fields, gate: Fields) -> None:
                 write_logits(head, final, share, work, gate, out)
 
             self._crew.run(call, self._crew.shares(rows.size))
@@ -120,9 +120,8 @@ class Decoder:
         """kernel(first layer, last layer, share, work, gate) for all layers, in one call or one by one."""
         step = n_layers if shares[0].n_panels <= _PANELS_OF_A_CALL else 1
         for first in range(0, n_layers, step):
-            gate = np.zeros(1, np.int64)
 
-            def call(share: Share, work: Fields, first: int = first, gate: Fields = gate) -> None:
+            def call(share: Share, work: Fields, gate: Fields, first: int = first) -> None:
                 kernel(first, first + step, share, work, gate)
 
             self._crew.run(call, shares)

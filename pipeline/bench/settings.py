@@ -22,7 +22,8 @@ from pipeline.settings import (
     TrackingSettings,
     absolute,
     is_url,
-    nearest,
+    too_small,
+    unknown,
 )
 
 KINDS = ("perplexity", "prompt", "generate", "batched")
@@ -125,12 +126,7 @@ def _names(s: ThroughputSettings) -> list[str]:
         ("tracking.kind", s.tracking.kind, TRACKING_KINDS),
         *(("bench.kinds", kind, KINDS) for kind in s.bench.kinds),
     ]
-    problems = [
-        f"{key}={value} is not known{nearest(value, valid)}"
-        for key, value, valid in named
-        if value not in valid
-    ]
-    return problems + _twice("peer", s.peer) + _twice("bench.kinds", s.bench.kinds)
+    return unknown(named) + _twice("peer", s.peer) + _twice("bench.kinds", s.bench.kinds)
 
 
 def _numbers(s: ThroughputSettings) -> list[str]:
@@ -143,11 +139,7 @@ def _numbers(s: ThroughputSettings) -> list[str]:
         ("cluster.threads_per_worker", s.cluster.threads_per_worker, 1, "leave it out for engine.threads"),
         ("seed", s.seed, 0, ""),
     ]
-    return [
-        f"{key}={value} is too small; expected {floor} or more{f' ({why})' if why else ''}"
-        for key, value, floor, why in floors
-        if value is not None and value < floor
-    ]
+    return too_small(floors)
 
 
 def _lists(s: ThroughputSettings) -> list[str]:

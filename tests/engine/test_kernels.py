@@ -12,7 +12,7 @@ import pytest
 
 from engine.ggml_types import by_name
 from engine.kernels.norm import add_rms_norm, norm_heads
-from engine.kernels.product import DEPTH, add_bias, group_strips, project, project_swiglu
+from engine.kernels.product import DEPTH, add_bias, group_strips, meet_all, project, project_swiglu
 from engine.kernels.rope import rope_table, rotate
 from engine.kernels.tile import FEW, NR, STRIP
 from engine.weights import Crew, Matrix, Work
@@ -46,7 +46,7 @@ def run(kernel, weights: list[Matrix], x: np.ndarray, threads: int = 1) -> np.nd
     out = panels(np.full((len(x), rows), np.nan, np.float32))
     source, crew = panels(x), Crew(threads, lambda: Work([depth], 16))
     fields = [weight.fields for weight in weights]
-    crew.run(lambda share, work: kernel(*fields, source, out, share, work), crew.shares(len(x)))
+    crew.run(lambda share, work, gate: kernel(*fields, source, out, share, work), crew.shares(len(x)))
     return columns(out, len(x), rows)
 
 
@@ -168,6 +168,22 @@ def test_bias_is_added_to_its_rows_of_every_token(n):
     out = panels(x)
     add_bias(out, bias, 3, 13, 0, len(out))
     np.testing.assert_array_equal(columns(out, n, 13), x + np.where(np.arange(13) >= 3, bias, 0))
+
+
+def test_threads_do_not_wait_for_one_that_failed():
+    """At a gate that one of them never reaches the others would wait for ever."""
+    crew = Crew(3, lambda: Work([16], 16))
+
+    def call(share, work, gate):
+        if share.thread == 1:
+            raise KeyError("one thread's own")
+        for _ in range(2):
+            meet_all(gate, share, work)
+
+    for _ in range(3):
+        with pytest.raises(KeyError, match="one thread's own"):
+            crew.run(call, crew.shares(7))
+    crew.run(lambda share, work, gate: meet_all(gate, share, work), crew.shares(7))
 
 
 def test_groups_of_strips_are_bounded():
