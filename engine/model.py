@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.cache import Cache
     from engine.gguf import GGUFFile
+    from engine.models.decoder import Decoder
 
 ACTIVATIONS = ("f32", "int8")
 
@@ -98,6 +99,13 @@ def load_model(
         UnsupportedModel, UnsupportedQuant: as `check_supported`, and for tensors missing or misshapen.
         ValueError: threads or batch_tokens below one, unknown activations.
     """
+    return load_decoder(file, threads, batch_tokens, activations)
+
+
+def load_decoder(
+    file: GGUFFile, threads: int, batch_tokens: int, activations: str, beside: Decoder | None = None
+) -> Decoder:
+    """`load_model`; computes in the memory of the model `beside` if it takes as much: the two take turns."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r}; expected one of {', '.join(ACTIVATIONS)}")
     if threads < 1 or batch_tokens < 1:
@@ -106,10 +114,10 @@ def load_model(
     if architecture(file) in MAMBA_ARCHITECTURES:
         from engine.models.mamba import Mamba
 
-        return Mamba(file, threads=threads, batch_tokens=batch_tokens, activations=activations)
+        return Mamba(file, threads, batch_tokens, activations, beside)
     from engine.models.llama import Llama
 
-    return Llama(file, threads=threads, batch_tokens=batch_tokens, activations=activations)
+    return Llama(file, threads, batch_tokens, activations, beside)
 
 
 def footprint(
@@ -122,8 +130,11 @@ def footprint(
     kv: str = "f32",
     fleeting: bool = False,
     activations: str = "f32",
+    n_variants: int = 0,
 ) -> int:
     """Bytes that `load_model` and `new_cache` with these arguments will allocate; allocates nothing.
+
+    With `n_variants`, those of a `Comparison` of this base and so many variants, and of its cache.
 
     Raises:
         UnsupportedModel: as `check_supported`.
@@ -132,10 +143,16 @@ def footprint(
     if isinstance(p, MambaParams):
         from engine.models import mamba
 
-        return mamba.footprint(p, threads, batch_tokens, n_slots, activations)
-    from engine.models import llama
+        own, cache = mamba.footprint(p, threads, batch_tokens, n_slots, activations)
+    else:
+        from engine.models import llama
 
-    return llama.footprint(p, threads, batch_tokens, n_slots, capacity, kv, fleeting, activations)
+        own, cache = llama.footprint(p, threads, batch_tokens, n_slots, capacity, kv, fleeting, activations)
+    if not n_variants:
+        return own + cache
+    from engine.comparison import comparison_bytes
+
+    return own + (1 + n_variants) * cache + comparison_bytes(p.width, n_variants, batch_tokens)
 
 
 def warm_up(file: GGUFFile, activations: str = "f32") -> float:

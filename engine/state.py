@@ -29,10 +29,10 @@ class Rotation(NamedTuple):
 def kv_bytes(
     n_slots: int, capacity: int, n_layers: int, n_kv_heads: int, head_width: int, kv: str, fleeting: bool
 ) -> int:
-    """Bytes that a `KVCache` of these arguments reserves for keys and values."""
-    cells = n_slots * -(-capacity // BLOCK) * BLOCK * (1 if fleeting else n_layers)
-    padded = -(-head_width // MR) * MR
-    return cells * n_kv_heads * (head_width + padded) * np.dtype(KV_TYPES[kv]).itemsize
+    """Bytes that a `KVCache` of these arguments reserves."""
+    cells = n_slots * -(-capacity // BLOCK) * BLOCK
+    values = n_kv_heads * (head_width + -(-head_width // MR) * MR) * (1 if fleeting else n_layers)
+    return cells * (1 + values * np.dtype(KV_TYPES[kv]).itemsize)
 
 
 class KVCache:

@@ -22,13 +22,13 @@ from engine.kernels.product import (
     NORM,
     ROTATE,
     STORE,
+    enter,
+    enter_and_meet,
     meet_all,
     own_panels,
     own_part,
     project,
     project_swiglu,
-    quantize,
-    quantize_and_meet,
     spend,
 )
 from engine.kernels.rope import rotate
@@ -124,7 +124,7 @@ def run_layers(
         m = layers.matrices[index]
         kept = index if keys.shape[0] > 1 else 0
         _norm(stream, layers.attn_norm[index], s.norm_eps, share, work)
-        quantize(normed, layers.attn_norm.shape[1], share, work)
+        enter(normed, m[Q], share, work)
         if share.by_rows:
             meet_all(gate, share, work)
         project(m[Q], normed, q, share, work)
@@ -152,18 +152,18 @@ def run_layers(
         spend(work, ATTEND, began)
         if share.by_rows:
             meet_all(gate, share, work)
-        quantize_and_meet(q, m[OUT], share, work, gate)
+        enter_and_meet(q, m[OUT], share, work, gate)
         project(m[OUT], q, normed, share, work)
         if share.by_rows:
             meet_all(gate, share, work)
         _norm(stream, layers.ffn_norm[index], s.norm_eps, share, work)
-        quantize(normed, layers.ffn_norm.shape[1], share, work)
+        enter(normed, m[GATE], share, work)
         if share.by_rows:
             meet_all(gate, share, work)
         project_swiglu(m[GATE], m[UP], normed, ff, share, work)
         if share.by_rows:
             meet_all(gate, share, work)
-        quantize_and_meet(ff, m[DOWN], share, work, gate)
+        enter_and_meet(ff, m[DOWN], share, work, gate)
         project(m[DOWN], ff, normed, share, work)
         if share.by_rows or keys.shape[0] == 1:
             meet_all(gate, share, work)  # before the next layer's keys replace those that others still read

@@ -22,13 +22,13 @@ from engine.kernels.product import (
     ROWS,
     SUMS,
     WIDTH8,
+    enter,
     few_product,
     gather_few,
     lanes_used,
     meet_all,
     own_panels,
     own_part,
-    quantize,
     spend,
     strips_product,
     takes_few,
@@ -38,7 +38,7 @@ from engine.kernels.tile import NR, STRIP
 
 HEAD_ROWS = 128  # part of the bits; whole strips
 
-_LOWEST = np.float64(-3.0e38)
+LOWEST = np.float64(-3.0e38)  # below every logit
 
 
 @kernel
@@ -49,11 +49,11 @@ def score(m, x, share, targets, work, top, total, out):
     scratch; out: (T,) float64, nats.
     """
     n_tokens = share.n_tokens
-    quantize(x, m[COLUMNS], share, work)
+    enter(x, m, share, work)
     logits, largest = floats_at(work[PRODUCT], HEAD_ROWS * NR), doubles_at(work[SUMS], NR)
     for p in range(share.first, share.last):
         for t in range(NR):
-            top[p, t], total[p, t] = _LOWEST, 0.0
+            top[p, t], total[p, t] = LOWEST, 0.0
     for row0 in range(0, m[ROWS], HEAD_ROWS):
         n_rows = min(HEAD_ROWS, m[ROWS] - row0)
         n_strips = (n_rows + STRIP - 1) // STRIP
@@ -63,7 +63,7 @@ def score(m, x, share, targets, work, top, total, out):
             lanes = lanes_used(n_tokens, p)
             strips_product(m, work[PACKS], n_strips, x, p, n_tokens, work[PRODUCT], work)
             began = spend(work, MULTIPLY, began)
-            _fold(logits, n_rows, lanes, largest, top[p], total[p])
+            fold(logits, n_rows, lanes, largest, top[p], total[p])
             for i in range(p * NR, min(n_tokens, (p + 1) * NR)):
                 r = targets[i] - row0
                 if 0 <= r < n_rows:
@@ -74,7 +74,7 @@ def score(m, x, share, targets, work, top, total, out):
 
 
 @kernel
-def _fold(logits, n_rows, lanes, largest, top, total):
+def fold(logits, n_rows, lanes, largest, top, total):
     """Folds a block of logits (n_rows * NR,) into the running maximum and sum of exp(logit - maximum)."""
     for t in range(lanes):
         largest[t] = top[t]
@@ -98,7 +98,7 @@ def write_logits(m, x, share, work, gate, out):
     depth, n_tokens = m[COLUMNS], share.n_tokens
     first, last = own_part((m[ROWS] + STRIP - 1) // STRIP, share)
     p0, p1 = own_panels(share)
-    quantize(x, depth, share, work)
+    enter(x, m, share, work)
     if share.by_rows and work[WIDTH8] != 0:
         meet_all(gate, share, work)
     is_few = takes_few(m, n_tokens)

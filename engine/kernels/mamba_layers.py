@@ -20,10 +20,10 @@ from engine.kernels.product import (
     EMBED,
     NORM,
     ROTATE,
+    enter,
+    enter_and_meet,
     meet_all,
     project,
-    quantize,
-    quantize_and_meet,
     spend,
 )
 from engine.kernels.ssm import ScanRows, norm_rows, ssm_conv, ssm_scan
@@ -113,10 +113,10 @@ def _begin(layers, stream, tokens, share, work):
 
 
 @kernel
-def _norm_and_meet(stream, weight, eps, share, work, gate):
-    """`_norm` of what all threads multiply next, in 8 bits where activations are."""
+def _norm_and_enter(stream, weight, eps, m, share, work, gate):
+    """`_norm` of what all threads multiply with weight `m` next."""
     _norm(stream, weight, eps, share, work)
-    quantize(stream.normed, weight.size, share, work)
+    enter(stream.normed, m, share, work)
     _meet_by_rows(gate, share, work)
 
 
@@ -139,7 +139,7 @@ def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_stat
         _begin(layers, stream, tokens, share, work)
     for index in range(first, last):
         m = layers.matrices[index]
-        _norm_and_meet(stream, layers.norm[index], s.eps, share, work, gate)
+        _norm_and_enter(stream, layers.norm[index], s.eps, m[IN], share, work, gate)
         project(m[IN], stream.normed, inner, share, work)
         meet_all(gate, share, work)
         began = ticks()
@@ -147,7 +147,7 @@ def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_stat
         ssm_conv(inner, 0, s.inner, weight, bias, runs, conv_state, index, share, scratch)
         spend(work, CONV, began)
         meet_all(gate, share, work)
-        quantize_and_meet(inner, m[X], share, work, gate)
+        enter_and_meet(inner, m[X], share, work, gate)
         project(m[X], inner, low, share, work)
         _meet_by_rows(gate, share, work)
         ones = layers.inner_norm[index]
@@ -158,7 +158,7 @@ def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_stat
             norm_rows(low, rows.b, of_state, s.eps, p0, p1, share.n_tokens, work)
             norm_rows(low, rows.c, of_state, s.eps, p0, p1, share.n_tokens, work)
             _meet_by_rows(gate, share, work)
-        quantize_and_meet(low, m[DT], share, work, gate)
+        enter_and_meet(low, m[DT], share, work, gate)
         project(m[DT], low, stream.dt, share, work)
         meet_all(gate, share, work)
         began = ticks()
@@ -168,7 +168,7 @@ def run_mamba_layers(first, last, layers, shape, stream, tokens, runs, conv_stat
         )  # fmt: skip
         spend(work, SCAN, began)
         meet_all(gate, share, work)
-        quantize_and_meet(inner, m[OUT], share, work, gate)
+        enter_and_meet(inner, m[OUT], share, work, gate)
         project(m[OUT], inner, stream.normed, share, work)
         _meet_by_rows(gate, share, work)
     if last == layers.norm.shape[0]:
@@ -188,7 +188,7 @@ def run_mamba2_layers(first, last, layers, shape, stream, tokens, runs, conv_sta
         _begin(layers, stream, tokens, share, work)
     for index in range(first, last):
         m = layers.matrices[index]
-        _norm_and_meet(stream, layers.norm[index], s.eps, share, work, gate)
+        _norm_and_enter(stream, layers.norm[index], s.eps, m[IN], share, work, gate)
         project(m[IN], stream.normed, inner, share, work)
         meet_all(gate, share, work)
         began = ticks()
@@ -210,7 +210,7 @@ def run_mamba2_layers(first, last, layers, shape, stream, tokens, runs, conv_sta
             norm_rows(inner, group * width, of_group, s.eps, p0, p1, share.n_tokens, work)
         spend(work, NORM, began)
         _meet_by_rows(gate, share, work)
-        quantize_and_meet(inner, m[OUT], share, work, gate)
+        enter_and_meet(inner, m[OUT], share, work, gate)
         project(m[OUT], inner, stream.normed, share, work)
         _meet_by_rows(gate, share, work)
     if last == layers.norm.shape[0]:

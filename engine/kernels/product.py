@@ -39,6 +39,7 @@ from engine.kernels.native import (
     meet,
     ticks,
 )
+from engine.kernels.squares import add_squares
 from engine.kernels.tile import FEW, LANES, MR, NR, STRIP, few_rows, few_tile, tile
 from engine.quants.strips import pack_f32
 
@@ -49,7 +50,9 @@ PACK, DECODE, DATA, BIAS, N_BYTES, ROW_BYTES, ROW_BLOCKS, UNIT, ROWS, COLUMNS = 
 DOT_1, DOT_2, DOT_4, DOT_8 = range(10, 14)
 # With 8-bit activations (engine.kernels.int8): addresses of packer (0: the weight stays float32) and product,
 # weights and bytes of a strip in a packer's unit, what is taken from every unsigned weight.
-PACK8, MULTIPLY8, UNIT8, UNIT_BYTES8, OFFSET8, FIELDS = range(14, 20)
+PACK8, MULTIPLY8, UNIT8, UNIT_BYTES8, OFFSET8 = range(14, 19)
+# Rank, from 1, of what it multiplies among the inputs whose squares are summed (0: they are not).
+SUMMED, FIELDS = range(19, 21)
 
 # Working memory of a thread, an int64 table of addresses (engine.weights.Work): rows of a weight that has no
 # packer, decoded; two groups of strips; the product of a group with a panel; the operands of `few_tile`; sums
@@ -59,7 +62,9 @@ SPARE, PACKS, MORE_PACKS, PRODUCT, FEW_X, FEW_OUT, SUMS = range(7)
 QUERY, BLOCK_KEYS, BLOCK_VALUES, SCORES, ACC, RUNNING, CLOCK = range(7, 14)
 # The activations of a batch in 8 bits, of all threads, panel after panel as engine.kernels.int8 has them, for
 # weights of up to WIDTH8 columns (no address; 0: they stay float32); and that product's scratch.
-QUANTS8, SCALES8, SUMS8, WIDTH8, SHARES8, WORK_FIELDS = range(14, 20)
+QUANTS8, SCALES8, SUMS8, WIDTH8, SHARES8 = range(14, 19)
+# Where engine.kernels.squares adds up, and bytes of an input there.
+SQUARES, SQUARES_BYTES, WORK_FIELDS = range(19, 22)
 
 # What a thread's clock adds up, in ticks.
 UNPACK, MULTIPLY, ACTIVATE, NORM, ROTATE, STORE, ATTEND, HEAD, EMBED, QUANTIZE, WAIT, CLOCKS = range(12)
@@ -202,24 +207,31 @@ def strips_product(m, packs, n_strips, x, p, n_tokens, out, work):
 
 
 @kernel
-def quantize(x, depth, share, work):
-    """This thread's panels in 8 bits, where activations are; x: (P, >= depth, NR), depth a multiple of 32."""
-    if work[WIDTH8] == 0 or depth % 32 != 0:
+def enter(x, m, share, work):
+    """This thread's panels of what a weight is about to multiply; x: (P, >= columns, NR).
+
+    Their squares are summed where somebody asked, and they are rounded to 8 bits where activations are.
+    """
+    depth, in_8_bits = m[COLUMNS], work[WIDTH8] != 0 and m[COLUMNS] % 32 == 0
+    if m[SUMMED] == 0 and not in_8_bits:
         return
     began = ticks()
     for p in range(share.first, share.last):
         at, tokens = p * work[WIDTH8] * NR, min(NR, share.n_tokens - p * NR)
         source = address(x) + p * x.shape[1] * NR * 4
-        quantize_panel(
-            source, depth, tokens, work[QUANTS8] + at, work[SCALES8] + at // 8, work[SUMS8] + at // 4
-        )
+        if m[SUMMED] != 0:
+            add_squares(source, depth, tokens, work[SQUARES] + (m[SUMMED] - 1) * work[SQUARES_BYTES])
+        if in_8_bits:
+            quantize_panel(
+                source, depth, tokens, work[QUANTS8] + at, work[SCALES8] + at // 8, work[SUMS8] + at // 4
+            )
     spend(work, QUANTIZE, began)
 
 
 @kernel
-def quantize_and_meet(x, m, share, work, gate):
-    """What a weight multiplies, in 8 bits where activations are."""
-    quantize(x, m[COLUMNS], share, work)
+def enter_and_meet(x, m, share, work, gate):
+    """`enter`, and the other threads where they read what it leaves."""
+    enter(x, m, share, work)
     if share.by_rows and work[WIDTH8] != 0:
         meet_all(gate, share, work)
 

@@ -20,7 +20,6 @@ residual `x` on the way. The layers themselves are one kernel, engine.kernels.ll
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,80 +32,58 @@ from engine.kernels.llama_layers import Layers, Shape, Stream, run_layers
 from engine.kernels.product import Share
 from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table
 from engine.kernels.tile import NR, STRIP
-from engine.models.decoder import Decoder
+from engine.models.decoder import Decoder, LayerMatrices, Sizes
 from engine.state import KVCache, Rotation, kv_bytes
-from engine.weights import (
-    Crew,
-    Fields,
-    Matrix,
-    Octets,
-    Work,
-    aligned,
-    matrix,
-    octets_bytes,
-    optional_vector,
-    tasks,
-    vector,
-    work_bytes,
-)
+from engine.weights import Fields, matrix, optional_vector, tasks, vector
 
 if TYPE_CHECKING:
     from engine.gguf import GGUFFile
 
 
-class _Weights:
-    """Weights of all layers; owns the private copies of norms and biases."""
+def _layers(file: GGUFFile, p: LlamaParams, matrices: LayerMatrices) -> Layers:
+    """What the kernel reads; owns the private copies of norms."""
+    find, every = vector if p.variant.head_norms else optional_vector, p.variant.unrotated_every
 
-    def __init__(self, file: GGUFFile, p: LlamaParams, embedding: Matrix, activations: str) -> None:
+    def stacked(name: str, size: int, read: Callable[..., NDArray[np.float32]]) -> NDArray[np.float32]:
+        return np.stack([read(file, f"blk.{i}.{name}.weight", size) for i in range(p.n_layers)])
+
+    attn_norm, ffn_norm = (stacked(name, p.width, vector) for name in ("attn_norm", "ffn_norm"))
+    q_norm, k_norm = (stacked(f"attn_{name}_norm", p.head_width, find) for name in "qk")
+    rotated = np.array([every == 0 or (i + 1) % every != 0 for i in range(p.n_layers)], np.uint8)
+    output_norm = vector(file, "output_norm.weight", p.width) / np.float32(p.logit_scale)
+    embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
+    return Layers(
+        matrices.fields(), attn_norm, ffn_norm, q_norm, k_norm, rotated, output_norm, embedding.fields,
+        np.float32(p.embedding_scale / p.residual_scale),
+    )  # fmt: skip
+
+
+class Llama(Decoder):
+    """A LLaMA-architecture model on a mapped file; see `engine.model.Model` for the interface."""
+
+    INPUTS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
+    OUTPUTS = (
+        ("attn_v", "v"), ("attn_k", "k"), ("attn_q", "q"), ("attn_output", "x"), ("ffn_up", "ff"),
+        ("ffn_down", "normed"),
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        threads: int,
+        batch_tokens: int,
+        activations: str,
+        beside: Decoder | None = None,
+    ) -> None:
+        self.params = p = llama_params(file)
         q_width, kv_width = p.n_heads * p.head_width, p.n_kv_heads * p.head_width
         shapes = {
             "attn_q": (q_width, p.width), "attn_k": (kv_width, p.width), "attn_v": (kv_width, p.width),
             "attn_output": (p.width, q_width), "ffn_gate": (p.ff_width, p.width),
             "ffn_up": (p.ff_width, p.width), "ffn_down": (p.width, p.ff_width),
         }  # fmt: skip
-        layers = range(p.n_layers)
-        find, every = vector if p.variant.head_norms else optional_vector, p.variant.unrotated_every
-
-        def stacked(name: str, size: int, read: Callable[..., NDArray[np.float32]]) -> NDArray[np.float32]:
-            return np.stack([read(file, f"blk.{i}.{name}.weight", size) for i in layers])
-
-        attn_norm, ffn_norm = (stacked(name, p.width, vector) for name in ("attn_norm", "ffn_norm"))
-        q_norm, k_norm = (stacked(f"attn_{name}_norm", p.head_width, find) for name in "qk")
-        self._matrices = [
-            [matrix(file, f"blk.{i}.{name}.weight", *shape, activations) for name, shape in shapes.items()]
-            for i in layers
-        ]
-        rotated = np.array([every == 0 or (i + 1) % every != 0 for i in layers], np.uint8)
-        output_norm = vector(file, "output_norm.weight", p.width) / np.float32(p.logit_scale)
-        self.layers = Layers(
-            self._fields(), attn_norm, ffn_norm, q_norm, k_norm, rotated, output_norm, embedding.fields,
-            np.float32(p.embedding_scale / p.residual_scale),
-        )  # fmt: skip
-
-    def _fields(self) -> Fields:
-        return np.stack([[m.fields for m in row] for row in self._matrices])
-
-    def add_dots(self) -> None:
-        """See `Matrix.add_dots`."""
-        for row in self._matrices:
-            for each in row:
-                each.add_dots()
-        self.layers = self.layers._replace(matrices=self._fields())
-
-
-class Llama(Decoder):
-    """A LLaMA-architecture model on a mapped file; see `engine.model.Model` for the interface."""
-
-    def __init__(
-        self, file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096, activations: str = "f32"
-    ) -> None:
-        self.params = p = llama_params(file)
-        self._activations = activations
-        self._file = file  # keeps the mapping open for as long as its views are used
-        self._embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
-        tied = "output.weight" not in file.tensors
-        head = "token_embd.weight" if tied else "output.weight"
-        self._weights = _Weights(file, p, self._embedding, activations)
+        matrices = LayerMatrices(file, p.n_layers, shapes, activations)
+        layers = _layers(file, p, matrices)
         self._frequencies, self._magnitude = _rotation(file, p.rope)
         _refuse_strangers(file, p)
 
@@ -114,23 +91,15 @@ class Llama(Decoder):
             p.n_heads, p.n_kv_heads, p.head_width, p.rope.halves, np.float32(p.attention_scale),
             p.norm_eps / p.residual_scale / p.residual_scale, p.norm_eps,
         )  # fmt: skip
-        octets = Octets(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else None
-        crew = Crew(threads, lambda: Work(_depths(p), p.head_width, octets))
-        self._stream = Stream(*(aligned(*shape) for shape in _stream_shapes(p, batch_tokens)))
-        super().__init__(
-            matrix(file, head, p.n_vocab, p.width, activations), crew, self._weights.add_dots, batch_tokens,
-            self._stream.normed, self._stream.ff,
-        )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of activations and scratch; the weights' pages belong to the mapping."""
-        return _own_bytes(self.params, len(self._crew.works), self.batch_tokens, self._activations)
+        sizes = _sizes(p, threads, batch_tokens, activations)
+        super().__init__(file, p.width, p.n_vocab, layers, matrices, sizes, beside)
+        self.stream = Stream(*self.scratch.stream)
+        self.normed, self.wide = self.stream.normed, self.stream.ff
 
     def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> KVCache:
         """A cache of `n_slots` sequences of up to `capacity` positions; see KVCache."""
         p = self.params
-        rotation = Rotation(self._frequencies, p.rope.halves, self._weights.layers.rotated)
+        rotation = Rotation(self._frequencies, p.rope.halves, self.layers.rotated)
         return KVCache(n_slots, capacity, p.n_layers, p.n_kv_heads, p.head_width, kv, fleeting, rotation)
 
     def _run_layers(
@@ -143,7 +112,7 @@ class Llama(Decoder):
     ) -> None:
         shares = self._crew.shares(tokens.size)
         runs = [tasks(slots, share) for share in shares]
-        s, layers = self._stream, self._weights.layers
+        s, layers = self.stream, self.layers
         rope_table(positions, self._frequencies, self._magnitude, s.cos, s.sin)
 
         def kernel(first: int, last: int, share: Share, work: Fields, gate: Fields) -> None:
@@ -164,31 +133,19 @@ def footprint(
     kv: str,
     fleeting: bool,
     activations: str,
-) -> int:
-    """See `engine.footprint`."""
+) -> tuple[int, int]:
+    """Bytes of a model and of a cache; see `engine.footprint`."""
     cache = kv_bytes(n_slots, capacity, p.n_layers, p.n_kv_heads, p.head_width, kv, fleeting)
-    return _own_bytes(p, threads, batch_tokens, activations) + cache
+    return _sizes(p, threads, batch_tokens, activations).nbytes, cache
 
 
-def _own_bytes(p: LlamaParams, threads: int, batch_tokens: int, activations: str) -> int:
-    """Bytes of activations and scratch."""
-    stream = sum(4 * math.prod(shape) for shape in _stream_shapes(p, batch_tokens))
-    state = 2 * 8 * -(-batch_tokens // NR) * NR
-    octets = octets_bytes(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else 0
-    return stream + state + octets + threads * work_bytes(_depths(p), p.head_width)
-
-
-def _depths(p: LlamaParams) -> tuple[int, ...]:
-    """Columns that a weight may have."""
-    return p.width, p.n_heads * p.head_width, p.ff_width
-
-
-def _stream_shapes(p: LlamaParams, batch_tokens: int) -> list[tuple[int, int, int]]:
-    """Shapes of the arrays of `Stream`, in its order."""
+def _sizes(p: LlamaParams, threads: int, batch_tokens: int, activations: str) -> Sizes:
+    """Of what it computes in; the stream in the order of `Stream`."""
     n_panels, pairs = -(-batch_tokens // NR), p.rope.width // 2
     q, kv = p.n_heads * p.head_width, p.n_kv_heads * p.head_width
     rows = [-(-r // STRIP) * STRIP for r in (p.width, p.width, q, kv, kv, max(p.ff_width, p.width))]
-    return [(n_panels, r, NR) for r in (*rows, pairs, pairs)]
+    stream = tuple((n_panels, r, NR) for r in (*rows, pairs, pairs))
+    return Sizes(threads, batch_tokens, activations, (p.width, q, p.ff_width), p.head_width, stream)
 
 
 def _rotation(file: GGUFFile, rope: Rope) -> tuple[NDArray[np.float64], float]:

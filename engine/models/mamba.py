@@ -30,121 +30,86 @@ from engine.kernels.product import BIAS, Share
 from engine.kernels.ssm import runs_of, scratch_floats, strips_of
 from engine.kernels.tile import NR, STRIP
 from engine.mamba_params import MambaParams, mamba_params
-from engine.models.decoder import Decoder
+from engine.models.decoder import Decoder, LayerMatrices, Sizes
 from engine.recurrent import RecurrentCache
-from engine.weights import (
-    Crew,
-    Fields,
-    Matrix,
-    Octets,
-    Work,
-    aligned,
-    matrix,
-    octets_bytes,
-    table,
-    vector,
-    work_bytes,
-)
+from engine.weights import Fields, matrix, table, vector
 
 if TYPE_CHECKING:
     from engine.gguf import GGUFFile
 
 
-class _Weights:
-    """Weights of all layers; owns private copies of what are no matrices: norms, convolution, A, D, biases.
+def _layers(file: GGUFFile, p: MambaParams, matrices: LayerMatrices) -> Layers:
+    """What the kernels read; owns private copies of what are no matrices: norms, convolution, A, D, biases.
 
     They are 4 (E (N + W + 3) + D) bytes a layer: for Mamba-2.8B 29 MB in all.
     """
+    n_steps, n_rates = (p.dt_rank, 1) if p.is_second else (p.inner, p.n_states)
 
-    def __init__(self, file: GGUFFile, p: MambaParams, embedding: Matrix, activations: str) -> None:
-        shapes = {"ssm_in": (p.in_rows, p.width), "ssm_out": (p.width, p.inner)}
-        if not p.is_second:
-            shapes |= {"ssm_x": (p.dt_rank + 2 * p.n_states, p.inner), "ssm_dt": (p.inner, p.dt_rank)}
-        self._matrices = [
-            {
-                name: matrix(file, f"blk.{i}.{name}.weight", *shape, activations)
-                for name, shape in shapes.items()
-            }
-            for i in range(p.n_layers)
-        ]
-        for row in self._matrices:
-            if "ssm_dt" in row:
-                row["ssm_dt"].fields[BIAS] = 0  # the scan adds it
-        n_steps, n_rates = (p.dt_rank, 1) if p.is_second else (p.inner, p.n_states)
+    def stacked(name: str, *shape: int) -> NDArray[np.float32]:
+        return np.stack([table(file, f"blk.{i}.{name}", *shape) for i in range(p.n_layers)])
 
-        def stacked(name: str, *shape: int) -> NDArray[np.float32]:
-            return np.stack([table(file, f"blk.{i}.{name}", *shape) for i in range(p.n_layers)])
+    def strips(values: NDArray[np.float32], n_channels: int, n_groups: int = 1) -> NDArray[np.float32]:
+        """Of (L, channels or heads, ...)."""
+        columns = values.reshape(p.n_layers, values.shape[1], -1).repeat(n_channels // values.shape[1], 1)
+        return np.stack([strips_of(layer, n_groups) for layer in columns])
 
-        def strips(values: NDArray[np.float32], n_channels: int, n_groups: int = 1) -> NDArray[np.float32]:
-            """Of (L, channels or heads, ...)."""
-            columns = values.reshape(p.n_layers, values.shape[1], -1).repeat(n_channels // values.shape[1], 1)
-            return np.stack([strips_of(layer, n_groups) for layer in columns])
-
-        rates = stacked("ssm_a", n_steps, n_rates)
-        if (rates > 0).any():
-            layer = int(np.argwhere(rates > 0)[0, 0])
-            raise UnsupportedModel(
-                f"{file.path}: tensor 'blk.{layer}.ssm_a' has values above 0; expected A = -exp(A_log)"
-            )
-        skips = stacked("ssm_d", *((n_steps, 1) if p.is_second else (n_steps,)))
-        bias = "ssm_conv1d.bias"
-        no_bias = f"blk.0.{bias}" not in file.tensors
-        empty = np.zeros((p.n_layers, p.conv_channels), np.float32)
-        norm = np.ones((p.n_layers, p.dt_rank + p.n_states if p.is_normed else 0), np.float32)
-        if p.is_second:
-            norm = stacked("ssm_norm.weight", p.n_groups, p.inner // p.n_groups).reshape(p.n_layers, p.inner)
-        self.layers = Layers(
-            matrices=self._fields(),
-            norm=stacked("attn_norm.weight", p.width),
-            conv_weight=strips(stacked("ssm_conv1d.weight", p.conv_channels, p.conv_width), p.conv_channels),
-            conv_bias=strips(empty if no_bias else stacked(bias, p.conv_channels), p.conv_channels),
-            a=strips(rates, p.inner, p.n_groups),
-            dt_bias=strips(stacked("ssm_dt.bias", n_steps), p.inner, p.n_groups),
-            d=strips(skips, p.inner, p.n_groups),
-            inner_norm=norm,
-            output_norm=vector(file, "output_norm.weight", p.width),
-            embedding=embedding.fields,
+    rates = stacked("ssm_a", n_steps, n_rates)
+    if (rates > 0).any():
+        layer = int(np.argwhere(rates > 0)[0, 0])
+        raise UnsupportedModel(
+            f"{file.path}: tensor 'blk.{layer}.ssm_a' has values above 0; expected A = -exp(A_log)"
         )
-
-    def _fields(self) -> Fields:
-        return np.stack([[m.fields for m in row.values()] for row in self._matrices])
-
-    def add_dots(self) -> None:
-        """See `Matrix.add_dots`."""
-        for row in self._matrices:
-            for each in row.values():
-                each.add_dots()
-        self.layers = self.layers._replace(matrices=self._fields())
+    skips = stacked("ssm_d", *((n_steps, 1) if p.is_second else (n_steps,)))
+    bias = "ssm_conv1d.bias"
+    no_bias = f"blk.0.{bias}" not in file.tensors
+    empty = np.zeros((p.n_layers, p.conv_channels), np.float32)
+    norm = np.ones((p.n_layers, p.dt_rank + p.n_states if p.is_normed else 0), np.float32)
+    if p.is_second:
+        norm = stacked("ssm_norm.weight", p.n_groups, p.inner // p.n_groups).reshape(p.n_layers, p.inner)
+    return Layers(
+        matrices=matrices.fields(),
+        norm=stacked("attn_norm.weight", p.width),
+        conv_weight=strips(stacked("ssm_conv1d.weight", p.conv_channels, p.conv_width), p.conv_channels),
+        conv_bias=strips(empty if no_bias else stacked(bias, p.conv_channels), p.conv_channels),
+        a=strips(rates, p.inner, p.n_groups),
+        dt_bias=strips(stacked("ssm_dt.bias", n_steps), p.inner, p.n_groups),
+        d=strips(skips, p.inner, p.n_groups),
+        inner_norm=norm,
+        output_norm=vector(file, "output_norm.weight", p.width),
+        embedding=matrix(file, "token_embd.weight", p.n_vocab, p.width).fields,
+    )
 
 
 class Mamba(Decoder):
     """A Mamba, FalconMamba or Mamba-2 model on a mapped file; see `engine.model.Model` for the interface."""
 
+    INPUTS = (("ssm_in",), ("ssm_x",), ("ssm_dt",), ("ssm_out",))
+    OUTPUTS = (("ssm_in", "inner"), ("ssm_x", "low"), ("ssm_dt", "dt"), ("ssm_out", "normed"))
+
     def __init__(
-        self, file: GGUFFile, *, threads: int = 1, batch_tokens: int = 4096, activations: str = "f32"
+        self,
+        file: GGUFFile,
+        threads: int,
+        batch_tokens: int,
+        activations: str,
+        beside: Decoder | None = None,
     ) -> None:
         self.params = p = mamba_params(file)
-        self._activations = activations
-        self._file = file  # keeps the mapping open for as long as its views are used
-        self._embedding = matrix(file, "token_embd.weight", p.n_vocab, p.width)
-        tied = "output.weight" not in file.tensors
-        head = "token_embd.weight" if tied else "output.weight"
-        self._weights = _Weights(file, p, self._embedding, activations)
+        shapes = {"ssm_in": (p.in_rows, p.width), "ssm_out": (p.width, p.inner)}
+        if not p.is_second:
+            shapes |= {"ssm_x": (p.dt_rank + 2 * p.n_states, p.inner), "ssm_dt": (p.inner, p.dt_rank)}
+        matrices = LayerMatrices(file, p.n_layers, shapes, activations)
+        for layer in matrices.by_layer:
+            if "ssm_dt" in layer:
+                layer["ssm_dt"].fields[BIAS] = 0  # the scan adds it
+        layers = _layers(file, p, matrices)
         _refuse_strangers(file, p)
 
         self._shape = Shape(p.inner, p.n_states, p.dt_rank, p.n_groups, p.head_width, p.norm_eps)
-        octets = Octets(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else None
-        crew = Crew(threads, lambda: Work(_depths(p), STRIP, octets))
-        self._stream = Stream(*(aligned(*shape) for shape in _stream_shapes(p, threads, batch_tokens)))
-        super().__init__(
-            matrix(file, head, p.n_vocab, p.width, activations), crew, self._weights.add_dots, batch_tokens,
-            self._stream.normed, self._stream.inner,
-        )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of activations and scratch; the weights' pages belong to the mapping."""
-        return _own_bytes(self.params, len(self._crew.works), self.batch_tokens, self._activations)
+        sizes = _sizes(p, threads, batch_tokens, activations)
+        super().__init__(file, p.width, p.n_vocab, layers, matrices, sizes, beside)
+        self.stream = Stream(*self.scratch.stream)
+        self.normed, self.wide = self.stream.normed, self.stream.inner
 
     def new_cache(
         self, n_slots: int, capacity: int = 1, kv: str = "f32", *, fleeting: bool = False
@@ -164,39 +129,29 @@ class Mamba(Decoder):
 
         def kernel(first: int, last: int, share: Share, work: Fields, gate: Fields) -> None:
             run_kind(
-                first, last, self._weights.layers, self._shape, self._stream, tokens, runs, *cache.states,
+                first, last, self.layers, self._shape, self.stream, tokens, runs, *cache.states,
                 share, work, gate,
             )  # fmt: skip
 
         self._run(self.params.n_layers, self._crew.shares(tokens.size), kernel)
 
 
-def footprint(p: MambaParams, threads: int, batch_tokens: int, n_slots: int, activations: str) -> int:
-    """See `engine.footprint`."""
+def footprint(
+    p: MambaParams, threads: int, batch_tokens: int, n_slots: int, activations: str
+) -> tuple[int, int]:
+    """Bytes of a model and of a cache; see `engine.footprint`."""
     states = sum(4 * n_slots * p.n_layers * math.prod(shape) for shape in _state_shapes(p))
-    return _own_bytes(p, threads, batch_tokens, activations) + states
+    return _sizes(p, threads, batch_tokens, activations).nbytes, states
 
 
-def _own_bytes(p: MambaParams, threads: int, batch_tokens: int, activations: str) -> int:
-    """Bytes of activations and scratch."""
-    stream = sum(4 * math.prod(shape) for shape in _stream_shapes(p, threads, batch_tokens))
-    state = 2 * 8 * -(-batch_tokens // NR) * NR
-    octets = octets_bytes(-(-batch_tokens // NR), _depths(p)) if activations == "int8" else 0
-    return stream + state + octets + threads * work_bytes(_depths(p), STRIP)
-
-
-def _depths(p: MambaParams) -> tuple[int, ...]:
-    """Columns that a weight may have."""
-    return p.width, p.inner, p.dt_rank
-
-
-def _stream_shapes(p: MambaParams, threads: int, batch_tokens: int) -> list[tuple[int, ...]]:
-    """Shapes of the arrays of `Stream`, in its order."""
+def _sizes(p: MambaParams, threads: int, batch_tokens: int, activations: str) -> Sizes:
+    """Of what it computes in; the stream in the order of `Stream`."""
     n_panels = -(-batch_tokens // NR)
     low, dt = (0, 0) if p.is_second else (p.dt_rank + 2 * p.n_states, p.inner)
     rows = [p.width, p.width, max(p.in_rows + STRIP, p.width), low, dt]
-    panels: list[tuple[int, ...]] = [(n_panels, -(-r // STRIP) * STRIP, NR) for r in rows]
-    return [*panels, (threads, scratch_floats(p.conv_width))]
+    panels = [(n_panels, -(-r // STRIP) * STRIP, NR) for r in rows]
+    stream = (*panels, (threads, scratch_floats(p.conv_width)))
+    return Sizes(threads, batch_tokens, activations, (p.width, p.inner, p.dt_rank), STRIP, stream)
 
 
 def _state_shapes(p: MambaParams) -> list[tuple[int, ...]]:
