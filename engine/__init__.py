@@ -26,10 +26,16 @@ from engine.errors import (
 if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.cache import Cache
-    from engine.gguf import GGUFFile, open
+    from engine.comparison import Comparison
+    from engine.diagnosis import first_broken
+    from engine.ggml_types import GGML_TYPES, GGMLType
+    from engine.gguf import GGUFFile, Tensor, open, with_tensors
+    from engine.input_sums import InputSums, exact_sum, sum_inputs
     from engine.kernel_cache import is_warm
     from engine.machine import cpu_features, fma_gflops, gemm_gflops, read_gb_per_s
     from engine.model import Model, check_supported, footprint, load_model, max_positions, warm_up
+    from engine.quants import dequantize
+    from engine.quants.encoding import ENCODABLE, quantize
     from engine.recurrent import RecurrentCache
     from engine.sequences import predict, score
     from engine.state import KVCache
@@ -42,14 +48,25 @@ NUMERICS = 1
 _HOMES = {  # resolved on first use: importing Numba takes half a second that `--help` does not need
     "Batch": "batch",
     "Cache": "cache",
+    "ENCODABLE": "quants.encoding",
+    "GGMLType": "ggml_types",
+    "GGML_TYPES": "ggml_types",
     "GGUFFile": "gguf",
+    "Comparison": "comparison",
+    "InputSums": "input_sums",
     "KVCache": "state",
     "Model": "model",
     "RecurrentCache": "recurrent",
+    "Tensor": "gguf",
     "Tokenizer": "tokenizer",
     "check_supported": "model",
     "cpu_features": "machine",
+    "dequantize": "quants",
+    "first_broken": "diagnosis",
     "fma_gflops": "machine",
+    "exact_sum": "input_sums",
+    "with_tensors": "gguf",
+    "sum_inputs": "input_sums",
     "footprint": "model",
     "gemm_gflops": "machine",
     "is_warm": "kernel_cache",
@@ -57,6 +74,7 @@ _HOMES = {  # resolved on first use: importing Numba takes half a second that `-
     "max_positions": "model",
     "open": "gguf",
     "predict": "sequences",
+    "quantize": "quants.encoding",
     "read_gb_per_s": "machine",
     "restore_state": "state_file",
     "save_state": "state_file",
@@ -65,23 +83,32 @@ _HOMES = {  # resolved on first use: importing Numba takes half a second that `-
 }
 
 __all__ = [
+    "ENCODABLE",
+    "GGML_TYPES",
     "NUMERICS",
     "Batch",
     "Cache",
     "CapacityError",
+    "Comparison",
     "EngineError",
+    "GGMLType",
     "GGUFFile",
     "GGUFFormatError",
+    "InputSums",
     "KVCache",
     "Model",
     "RecurrentCache",
     "StateError",
+    "Tensor",
     "Tokenizer",
     "UnsupportedModel",
     "UnsupportedQuant",
     "UnsupportedTokenizer",
     "check_supported",
     "cpu_features",
+    "dequantize",
+    "exact_sum",
+    "first_broken",
     "fma_gflops",
     "footprint",
     "gemm_gflops",
@@ -90,11 +117,14 @@ __all__ = [
     "max_positions",
     "open",
     "predict",
+    "quantize",
     "read_gb_per_s",
     "restore_state",
     "save_state",
     "score",
+    "sum_inputs",
     "warm_up",
+    "with_tensors",
 ]
 
 

@@ -20,8 +20,10 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,7 +36,7 @@ from engine.gguf_fields import CUT_SHORT, INDEX_BYTES, U32, U64, FieldReader, Me
 from engine.mapping import LOAD_MODES, Prefetch, Region, bring_in
 from engine.splits import check_parts, other_parts
 
-__all__ = ["GGUFFile", "MetadataValue", "StringArray", "Tensor", "open"]
+__all__ = ["GGUFFile", "MetadataValue", "StringArray", "Tensor", "open", "with_tensors"]
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
@@ -87,7 +89,7 @@ class Part:
         try:
             fields = FieldReader(path, self.region.map, self.region.whole, memory_left)
             self.version, n_tensors, n_keys = _read_preamble(fields)
-            self.metadata, self.alignment = _read_metadata(fields, n_keys)
+            self.metadata, self.alignment, self.key_starts = _read_metadata(fields, n_keys)
             self.metadata_end = fields.at
             self.tensors, self.data_offset = _read_tensors(fields, n_tensors, self.alignment, rank)
             self.memory_left = fields.memory_left
@@ -156,6 +158,28 @@ class GGUFFile:
         self._check_open()
         return self._tensors
 
+    def raw_metadata(self) -> dict[str, bytes]:
+        """The bytes of every key of `metadata` as they are in the file: its name, its type and its value."""
+        self._check_open()
+        first = self._parts[0]
+        spans = pairwise([*first.key_starts, first.metadata_end])
+        return {
+            key: first.region.map[begin:end] for key, (begin, end) in zip(first.metadata, spans, strict=True)
+        }
+
+    def release(self, tensor: Tensor, first: int, n_bytes: int) -> None:
+        """Gives back the pages of some bytes of a tensor, which the system keeps as its cache if it likes.
+
+        The bytes stay valid: they are read again when they are asked for. Nothing happens where pages are
+        locked, or are the only ones: those of a copy.
+
+        Args:
+            first: of the bytes, from the tensor's beginning.
+        """
+        self._check_open()
+        if self.load not in ("copy", "mlock"):
+            self._parts[tensor.part].region.release(tensor.offset + first, n_bytes)
+
     def resident_bytes(self) -> int:
         """Bytes of all files in the page cache, in whole pages (mincore); for `copy`, of the copy in memory.
 
@@ -210,6 +234,27 @@ def open(path: str | os.PathLike[str], *, load: str = "mmap") -> GGUFFile:
     return GGUFFile(path, load=load)
 
 
+def with_tensors(file: GGUFFile, other: GGUFFile, names: Collection[str]) -> GGUFFile:
+    """A view of `file` in which the named tensors are those of `other`: no file is written, nothing copied.
+
+    It is good as long as both are open; closing it closes neither.
+
+    Raises:
+        ValueError: one of them has no such tensor, or of another shape.
+    """
+    for name in names:
+        shapes = [each.tensors[name].shape if name in each.tensors else None for each in (file, other)]
+        if None in shapes or shapes[0] != shapes[1]:
+            raise ValueError(
+                f"tensor {name!r} is of shape {shapes[0]} in {file.path} and of {shapes[1]} in {other.path}; "
+                "expected the same in both"
+            )
+    view = copy.copy(file)
+    view._tensors = {**file.tensors, **{name: other.tensors[name] for name in names}}
+    view._parts, view._prefetch = [], None
+    return view
+
+
 def _read_parts(path: str, *, copy: bool = False) -> list[Part]:
     """The file and, if it is the first part of a split model, all others; headers share one budget."""
     parts: list[Part] = []
@@ -246,12 +291,14 @@ def _read_preamble(fields: FieldReader) -> tuple[int, int, int]:
     return version, n_tensors, n_keys
 
 
-def _read_metadata(fields: FieldReader, n_keys: int) -> tuple[dict[str, MetadataValue], int]:
-    """The metadata, and the alignment it asks for."""
+def _read_metadata(fields: FieldReader, n_keys: int) -> tuple[dict[str, MetadataValue], int, array[int]]:
+    """The metadata, the alignment it asks for, and the byte at which each key begins."""
     metadata: dict[str, MetadataValue] = {}
     alignment = DEFAULT_ALIGNMENT
+    starts = array("Q")
     for i in range(n_keys):
         fields.where, begun = f"metadata key {i}", fields.at
+        starts.append(begun)
         key = fields.name("a key")
         fields.where = f"key {_short(key)}"
         if key in metadata:
@@ -262,7 +309,7 @@ def _read_metadata(fields: FieldReader, n_keys: int) -> tuple[dict[str, Metadata
             if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value & (value - 1):
                 fields.fail(f"an alignment of {value!r:.40}, expected a power of two", begun)
             alignment = value
-    return metadata, alignment
+    return metadata, alignment, starts
 
 
 def _read_tensors(

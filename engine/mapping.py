@@ -74,6 +74,13 @@ class Region:
                 raise OSError(error.errno, error.strerror, self.path) from None
             self.whole[:: mmap.PAGESIZE].max()  # an older kernel: touch each page
 
+    def release(self, first: int, n_bytes: int) -> None:
+        """Gives the whole pages among some bytes of a mapped file back; never to be called on a copy."""
+        begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (first + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def lock(self) -> None:
         """Reads every page and keeps it in memory until the region is closed.
 

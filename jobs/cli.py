@@ -26,6 +26,9 @@ JOBS = {
     "throughput": "tokens/s of a GGUF model, beside the machine's limits and beside other engines",
     "results": "what all runs so far came to, chosen, sorted, as a table, CSV, Markdown or JSON",
     "convert": "a Hugging Face checkpoint (Mamba, Mamba-2, FalconMamba, LLaMA's family) as a GGUF file",
+    "quantize": "a GGUF file in other types, byte for byte as llama-quantize makes it",
+    "imatrix": "the importance matrix of a GGUF model on a text, for quantizing it",
+    "compare": "variants of a GGUF model against their base: which quantization to ship",
 }
 
 HELP = """\
@@ -42,12 +45,13 @@ pagemill perplexity experiment=demo
 pagemill perplexity model.path=FILE.gguf data.path=TEXT.txt protocol.limit=8
 pagemill perplexity 'sweep={{model.path:[a.gguf,b.gguf],protocol.window:[512,2048]}}' data=pydoc sort=ppl
 pagemill throughput model.path=FILE.gguf peer=[llama_cpp]
+pagemill quantize model.path=FILE.gguf quantize.type=Q4_K_M quantize.out=NEW.gguf
 pagemill results results.sort=ppl results.format=csv
 
 Paths are written as the shell gives them; spaces, commas and = need no quotes of Hydra's.
 The last line of standard output is one JSON object, below the text that `results` was asked for; everything
 else goes to standard error.
-Exit codes: 0 done, 2 refused before work, 3 incomplete, 4 a bug of ours, 130 interrupted.
+Exit codes: 0 done, 1 beyond a limit, 2 refused before work, 3 incomplete, 4 a bug of ours, 130 interrupted.
 PAGEMILL_DEBUG=1 shows tracebacks."""
 
 _TALKING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")

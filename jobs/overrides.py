@@ -16,11 +16,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-PATH_ENDINGS = ("path", "dir", "out", "tokenizer")
+PATH_ENDINGS = ("path", "dir", "out", "tokenizer", "imatrix")
 LITERAL_KEYS = ("tracking.uri", "results.where")
 """Not paths, but texts from outside as well; `~` stays."""
-OPEN_KEYS = ("sweep", "results.filter")
+LISTS_OF_REGEXES = ("quantize.tensor_types",)
+"""Of REGEX=TYPE each; a regular expression is all that Hydra's grammar has another meaning for."""
+OPEN_KEYS = ("sweep", "results.filter", "limits")
 """Mappings with keys of the user's: Hydra wants `++` before those."""
+LISTS_OF_PATHS = ("variants",)
+"""Lists whose elements are paths, or names without anything that Hydra would read."""
 
 _FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd"),
@@ -28,6 +32,7 @@ _FLAGS_WITH_VALUE = (
 )
 _WORD = re.compile(r"(\+{0,2}[^=~+]+)=(.*)", re.DOTALL)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_RULE = re.compile(r"\s*(.+?=\s*\w+)\s*(?:,|\Z)", re.DOTALL)
 _SWEEP = re.compile(r"(?:choice|shuffle|sort)\(.*\)", re.DOTALL)
 
 
@@ -70,8 +75,12 @@ def _quote_word(word: str, sweeping: bool) -> str:
     if word.startswith("-") or match is None:
         return word
     key, value = match.groups()
+    if key.lstrip("+") in LISTS_OF_REGEXES:
+        return f"{key}={_quote_rules(value)}"
     if key in OPEN_KEYS and value.lstrip().startswith("{"):
         return f"++{word}"
+    if key in LISTS_OF_PATHS and value[:1] == "[" and value[-1:] == "]" and not set(value) & {"'", '"'}:
+        return f"{key}=[{','.join(literal(part.strip()) for part in value[1:-1].split(',') if part.strip())}]"
     if not (is_path_key(key) or key.lstrip("+") in LITERAL_KEYS):
         return word
     if sweeping and "," in value and not Path(value).expanduser().exists():
@@ -86,3 +95,13 @@ def _quote_value(key: str, value: str) -> str:
         return value
     # os.path keeps what pathlib would tidy away: `./x`, a trailing slash.
     return literal(os.path.expanduser(value) if is_path_key(key) else value)  # noqa: PTH111
+
+
+def _quote_rules(value: str) -> str:
+    """A list of REGEX=TYPE, with brackets around it or without; one in quotes of Hydra's is left alone."""
+    is_list = value.startswith("[") and value.endswith("]")
+    inner = value[1:-1] if is_list else value
+    if not inner.strip() or inner.lstrip()[0] in "'\"" or value.lower() == "null":
+        return value
+    rules = _RULE.findall(inner) if _RULE.sub("", inner) == "" else [inner]
+    return "[" + ",".join(literal(rule) for rule in rules) + "]"

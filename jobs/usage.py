@@ -16,7 +16,8 @@ import conf
 from jobs import schema
 
 _ENTRY = re.compile(r"^(?P<indent>\s*)(?P<key>\w+):[^#]*?(?:#\s*(?P<comment>.*))?$")
-_DEFAULT = re.compile(r"^\s*- (?P<group>\w+): (?P<option>\w+)", re.MULTILINE)
+_DEFAULT = re.compile(r"^\s*- (?P<group>\w+)(?P<package>@\w+)?: (?P<option>\w+)", re.MULTILINE)
+_COMMAND = re.compile(r"pagemill (?P<job>\w+)")
 
 _TAIL = """\
 Flags
@@ -31,22 +32,32 @@ def text(job: str) -> str:
     """The help page of a job."""
     module = import_module(f"jobs.{job}")
     root = Path(conf.__path__[0])
-    defaults = dict(_DEFAULT.findall((root / f"{job}.yaml").read_text(encoding="utf-8")))
+    found = list(_DEFAULT.finditer((root / f"{job}.yaml").read_text(encoding="utf-8")))
+    defaults = {match["group"]: match["option"] for match in found}
+    names = {match["group"]: match["group"] + (match["package"] or "") for match in found}
     parts = [f"pagemill {job} key=value ...", (module.__doc__ or "").strip()]
-    parts += [_groups(root, defaults)] if defaults.keys() & schema.groups().keys() else []
+    parts += [_groups(job, root, defaults, names)] if defaults.keys() & schema.groups().keys() else []
     parts += [_keys(module.SCHEMA, _comments(job, root)), _TAIL]
     return "\n\n".join(parts)
 
 
-def _groups(root: Path, defaults: dict[str, str]) -> str:
+def job_of(file: Path) -> str:
+    """The job of the command that a config file opens with."""
+    match = _COMMAND.search(file.read_text(encoding="utf-8"))
+    return "" if match is None else match["job"]
+
+
+def _groups(job: str, root: Path, defaults: dict[str, str], names: dict[str, str]) -> str:
     lines = ["Choices, GROUP=NAME; * is the default"]
     for group, options in schema.groups().items():
         if group not in defaults:
             continue
-        lines.append(f"  {group}")
+        lines.append(f"  {names[group]}")
         for option in options:
+            if group == "experiment" and job_of(root / group / f"{option}.yaml") != job:
+                continue
             star = "*" if defaults.get(group) == option else " "
-            lines.append(f"  {star} {option:<12}{_purpose(root / group / f'{option}.yaml')}")
+            lines.append(f"  {star} {option:<13}{_purpose(root / group / f'{option}.yaml')}")
     return "\n".join(lines)
 
 

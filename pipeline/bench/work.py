@@ -109,7 +109,7 @@ def work_of(file: engine.GGUFFile) -> Work:
     queries = [t for name, t in file.tensors.items() if name.endswith(".attn_q.weight")]
     return Work(
         name=Path(file.path).name.removesuffix(".gguf"),
-        type=_type(file),
+        type=weight_type(file),
         n_bytes=file.n_bytes,
         layers=sum(math.prod(tensor.shape) for tensor in layers),
         head=math.prod(head.shape),
@@ -119,7 +119,8 @@ def work_of(file: engine.GGUFFile) -> Work:
     )
 
 
-def _type(file: engine.GGUFFile) -> str:
+def weight_type(file: engine.GGUFFile) -> str:
+    """The file type that the metadata names, as llama.cpp calls it; else the type of most weights."""
     number = file.metadata.get("general.file_type")
     if isinstance(number, int) and number in FILE_TYPES:
         return FILE_TYPES[number]

@@ -1,4 +1,4 @@
-"""float32 weights as GGUF stores them, by the gguf package's encoders: bit-equal to llama.cpp's reference.
+"""float32 weights as GGUF stores them: which types there are to choose from, and what they can hold.
 
 A block quantization needs rows of whole blocks; a matrix whose rows are not becomes F16, as in llama.cpp.
 """
@@ -6,10 +6,12 @@ A block quantization needs rows of whole blocks; a matrix whose rows are not bec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+import engine
+from pipeline.gguf_writer import TYPES
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Kind:
     name: str
     file_type: int
     limit: float
+
+    @property
+    def type(self) -> engine.GGMLType:
+        """Its block."""
+        return TYPES[self.name]
 
 
 _HALF, _BFLOAT = 65519.99, 3.3961e38  # what lies above rounds to infinity
@@ -43,26 +50,9 @@ def kind_of(wanted: str, *, is_matrix: bool, n_columns: int) -> Kind:
     """How a tensor is stored in a file of the type `wanted`."""
     if not is_matrix:
         return KINDS["f32"]
-    return KINDS["f16"] if n_columns % _sizes(KINDS[wanted])[0] else KINDS[wanted]
+    return KINDS["f16"] if n_columns % KINDS[wanted].type.block_size else KINDS[wanted]
 
 
-def n_bytes(kind: Kind, n_values: int) -> int:
-    """Bytes of so many weights."""
-    block, size = _sizes(kind)
-    return n_values // block * size
-
-
-def encode(kind: Kind, values: NDArray[np.float32]) -> NDArray[Any]:
+def encode(kind: Kind, values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """`values` (rows, columns) in a type, each row by itself; C-contiguous."""
-    from gguf import GGMLQuantizationType, quants
-
-    with np.errstate(all="ignore"):  # a block of denormals has an infinite inverse scale, and a scale of 0
-        return np.ascontiguousarray(quants.quantize(values, GGMLQuantizationType[kind.name]))
-
-
-def _sizes(kind: Kind) -> tuple[int, int]:
-    """Weights and bytes of a block."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind.name]]
-    return int(block), int(size)
+    return engine.quantize(np.ascontiguousarray(values), kind.name)

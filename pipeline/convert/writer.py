@@ -1,66 +1,29 @@
-"""A plan and a vocabulary as a GGUF file: streamed, a block of rows at a time, whole or not at all.
+"""A plan and a vocabulary as a GGUF file, a block of rows at a time.
 
-The file is written beside its place under a name that begins with a dot, flushed to the disk, and renamed. On
-any failure, and when the user interrupts, it is removed. The bytes are a function of the checkpoint, the
-folder's name, and the settings: no dates, no paths.
+The bytes are a function of the checkpoint, the folder's name, and the settings: no dates, no paths.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.convert.encode import KINDS, Kind, encode, kind_of, n_bytes
+from pipeline import gguf_writer
+from pipeline.convert.encode import KINDS, Kind, encode, kind_of
 from pipeline.convert.plan import Plan, Target
 from pipeline.convert.tensors import BLOCK_VALUES
-from pipeline.errors import ModelError, StorageFailure, StoreError
-from pipeline.memory import process_memory
-
-
-@dataclass(frozen=True)
-class Written:
-    """A finished file; `peak_anonymous_bytes` is of this process, with a block in memory."""
-
-    sha256: str
-    n_bytes: int
-    peak_anonymous_bytes: int
+from pipeline.errors import ModelError
+from pipeline.gguf_writer import Entry, Written
 
 
 def check_place(out: Path, plan: Plan, wanted: str, *, overwrite: bool) -> None:
-    """Refuses a place where the file cannot go.
-
-    Raises:
-        StoreError: there is a file, the folder is missing or cannot be written, or the disk is too full.
-    """
-    if out.exists() and not (overwrite and out.is_file()):
-        raise StoreError(
-            f"convert.out: {out} exists",
-            "give another name, or convert.overwrite=true to replace it"
-            if out.is_file()
-            else "give a file's name",
-        )
-    if not out.parent.is_dir():
-        raise StoreError(f"convert.out: there is no folder {out.parent}", "make the folder first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise StoreError(f"convert.out: {out.parent} cannot be written", "check its permissions")
-    needed = sum(n_bytes(_kind(target, wanted), int(np.prod(target.shape))) for target in plan.targets)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise StoreError(
-            f"convert.out: {out.parent} has {free:,} bytes free, and the file needs {needed:,}",
-            "make room there",
-        )
+    """Refuses a place where the file cannot go; StoreError."""
+    needed = sum(_entry(target, wanted).n_bytes for target in plan.targets)
+    gguf_writer.check_place("convert.out", out, needed, overwrite=overwrite)
 
 
 def write(plan: Plan, vocabulary: Mapping[str, Any], name: str, wanted: str, out: Path) -> Written:
@@ -75,30 +38,8 @@ def write(plan: Plan, vocabulary: Mapping[str, Any], name: str, wanted: str, out
         ModelError: a weight is not finite, or too large for its type.
         StorageFailure: the file could not be written.
     """
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        written = _write(plan, vocabulary, name, wanted, temporary)
-        temporary.replace(out)
-        _sync_folder(out.parent)
-    except OSError as error:
-        raise StorageFailure(
-            f"{out}: cannot be written: {error.strerror or error}; nothing is left of it",
-            "make room and run the same command again",
-            kind=type(error).__name__,
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return written
-
-
-def _write(plan: Plan, vocabulary: Mapping[str, Any], name: str, wanted: str, path: Path) -> Written:
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of the name that the file has meanwhile
-
-    writer = GGUFWriter(path, plan.architecture)
     metadata = {
+        "general.architecture": plan.architecture,
         "general.type": "model",
         "general.name": name,
         "general.file_type": KINDS[wanted].file_type,
@@ -106,61 +47,22 @@ def _write(plan: Plan, vocabulary: Mapping[str, Any], name: str, wanted: str, pa
         **plan.metadata,
         **vocabulary,
     }
-    for key, value in metadata.items():
-        _add(writer, key, value)
-    kinds = [_kind(target, wanted) for target in plan.targets]
-    for target, kind in zip(plan.targets, kinds, strict=True):
-        size = n_bytes(kind, int(np.prod(target.shape)))
-        writer.add_tensor_info(
-            target.name, target.shape, np.dtype(np.float32), size, GGMLQuantizationType[kind.name]
-        )
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        file: BinaryIO = writer.fout[0]
-        writer.write_padding(file, file.tell())
-        file.flush()
-        with path.open("rb") as head:
-            sha256 = hashlib.file_digest(head, "sha256")
-        written, peak = file.tell(), _Peak()
-
-        def put(array: NDArray[Any]) -> None:
-            nonlocal written
-            raw = array.reshape(-1).view(np.uint8)
-            file.write(raw.data)
-            sha256.update(raw.data)
-            written += raw.size
-
-        for target, kind in zip(plan.targets, kinds, strict=True):
-            for i, values in enumerate(_blocks(target, kind)):
-                encoded = encode(kind, values)
-                if i == 0:
-                    peak.look(values.size)
-                put(encoded)
-            if target.source is not None:
-                target.source.release()
-            put(np.zeros(-written % writer.data_alignment, np.uint8))
-        file.flush()
-        os.fsync(file.fileno())
-        return Written(sha256.hexdigest(), written, peak.n_bytes)
-    finally:
-        for file in writer.fout or []:
-            with suppress(OSError):  # what could not be written above cannot be flushed here
-                file.close()
+    fields = [
+        gguf_writer.field(key, value)
+        for key, value in metadata.items()
+        if not (isinstance(value, str) and not value)  # a text that is not there needs no key
+    ]
+    entries = [_entry(target, wanted) for target in plan.targets]
+    return gguf_writer.write(out, fields, entries, lambda rank: _pieces(plan.targets[rank], wanted))
 
 
-class _Peak:
-    """The largest anonymous memory of this process, looked at where it can be: at blocks as large as any."""
-
-    def __init__(self) -> None:
-        self.n_bytes = self._largest = 0
-
-    def look(self, n_values: int) -> None:
-        """A block of so many weights is in memory, as float32 and encoded."""
-        if n_values >= self._largest:
-            self._largest = n_values
-            self.n_bytes = max(self.n_bytes, int(process_memory()["anonymous_bytes"]))
+def _pieces(target: Target, wanted: str) -> Iterator[NDArray[Any]]:
+    """The bytes of a target, some rows at a time."""
+    kind = _kind(target, wanted)
+    for values in _blocks(target, kind):
+        yield encode(kind, values)
+    if target.source is not None:
+        target.source.release()
 
 
 def _blocks(target: Target, kind: Kind) -> Iterator[NDArray[np.float32]]:
@@ -212,29 +114,5 @@ def _kind(target: Target, wanted: str) -> Kind:
     return kind_of(wanted, is_matrix=target.is_matrix, n_columns=target.n_columns)
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
-    """A key of the metadata: ints are u32, floats f32, arrays i32 or f32."""
-    from gguf import GGUFValueType
-
-    if isinstance(value, np.ndarray):
-        kind = GGUFValueType.FLOAT32 if value.dtype.kind == "f" else GGUFValueType.INT32
-        writer.add_key_value(key, value.tolist(), GGUFValueType.ARRAY, kind)
-    elif isinstance(value, list):
-        writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.STRING)
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    else:
-        writer.add_string(key, value)
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot flush a folder; the file itself is flushed
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _entry(target: Target, wanted: str) -> Entry:
+    return Entry(target.name, target.shape, _kind(target, wanted).type)

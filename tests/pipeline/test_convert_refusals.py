@@ -249,7 +249,7 @@ def test_too_little_room_is_seen_before_the_work(tmp_path: Path, monkeypatch: py
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage)
     folder = make_checkpoint(tmp_path / "hf", "mamba")
     refused(folder, tmp_path / "m.gguf", "1,000 bytes free", "make room", error=StoreError)
 
