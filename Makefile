@@ -66,8 +66,20 @@ bench-full: dev model  ## the same in every shape and number of threads, and a w
 speed: $(VENV)/.speed-installed model  ## beside two peers in eight types, an hour: the README's section, the roofline
 	$(BIN)/python -m jobs.speed '$(MODEL)' --folder '$(SPEED_MODELS)' --results '$(RESULTS)' $(SPEED_OPTIONS)
 
-notebooks: dev  ## run the notebooks on the demo's tables; the files stay as they are
+notebooks: dev  ## run the notebooks on the demo's tables and a small Mamba's; the files stay as they are
 	@[ -d '$(RESULTS)/v1/table=runs' ] || $(MAKE) --no-print-directory demo
+	if ! $(BIN)/pagemill results results.table=comparisons results.columns=[base_name] \
+		results.where="base_name ilike '%mamba%'" paths.results='$(RESULTS)' 2>/dev/null | grep -qi '^[^{]*mamba'; then
+		base=tests/data/mamba-tiny-q8_0.gguf
+		bits() { $(BIN)/pagemill quantize model.path=$$base quantize.type=Q8_0 quantize.allow_requantize=true \
+			quantize.overwrite=true quantize.out=models/mamba_bits/$$1.gguf "quantize.tensor_types=[$$2]"; }
+		mkdir -p models/mamba_bits
+		for name in ssm_in ssm_x ssm_out token_embd; do bits $$name "'$$name=Q4_0'"; done
+		bits ssm_dt "'ssm_dt=BF16'"
+		bits all "'ssm_dt=BF16','ssm_|token_embd=Q4_0'"
+		$(BIN)/pagemill compare base.path=$$base "variants=[$$(ls models/mamba_bits/*.gguf | paste -sd,)]" \
+			data=pydoc protocol=carry protocol.limit=40 cluster=inline tracking=none paths.results='$(RESULTS)'
+	fi
 	PAGEMILL_RESULTS='$(abspath $(RESULTS))' $(BIN)/jupyter-execute --timeout=120 notebooks/*.ipynb
 
 mlflow: install  ## the runs in a browser, on 127.0.0.1 only

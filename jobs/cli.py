@@ -93,11 +93,12 @@ def execute(job: str, words: Sequence[str]) -> int:
     """Run a job, write its JSON line, and leave standard output as it was found."""
     from jobs import outcome
     from jobs.stdout import StdoutGuard, to_json
+    from pipeline.redact import redacted
 
     outcome.CURRENT = outcome.Outcome()
     with StdoutGuard() as stdout:
         failure = _attempt(job, words)
-        line = outcome.CURRENT.line(job, failure)
+        line = redacted(outcome.CURRENT.line(job, failure))
         if line["error"]:
             _tell(line["error"]["message"], line["error"]["hint"])
         stdout.write(outcome.CURRENT.text)

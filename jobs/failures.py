@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.schema import explain
+from pipeline.redact import redacted
 
 DONE, REFUSED, INCOMPLETE, BUG, INTERRUPTED = 0, 2, 3, 4, 130
 _STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -93,7 +94,7 @@ def _from_os(error: OSError) -> Failure:
 
 
 def _bug(error: Exception, results: Path | None) -> Failure:
-    text = "".join(traceback.format_exception(error))
+    text = redacted("".join(traceback.format_exception(error)))
     kept = _keep(text, results)
     hint = f"the traceback is in {kept}; please report it" if kept else "PAGEMILL_DEBUG=1 shows the traceback"
     return Failure(BUG, type(error).__name__, f"a bug of Pagemill: {error or type(error).__name__}", hint)

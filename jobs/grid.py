@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jobs import schema
 from pipeline.errors import SettingsError
+from pipeline.settings import logged
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -53,12 +54,12 @@ def expand(cfg: DictConfig, settings: type[PerplexitySettings]) -> list[Point]:
             composed[chosen] = _composed(cfg, choices, leaves, settings)
         base = composed[chosen]
         if isinstance(base, SettingsError):
-            points.append(Point(point, None, base))
+            points.append(Point(logged(point), None, base))
             continue
         for key, i in zip(axes, values, strict=True):
             if key in leaves:
                 base = _with(base, key, leaves[key][i])
-        points.append(Point(point, base))
+        points.append(Point(logged(point), base))
     return points
 
 

@@ -44,14 +44,19 @@ def check_threads(threads: int, key: str = "engine.threads") -> None:
 
 
 def check_run(
-    file: engine.GGUFFile, settings: PerplexitySettings, n_shards: int, shape: Callable[[int], CacheShape]
+    file: engine.GGUFFile,
+    settings: PerplexitySettings,
+    n_shards: int,
+    shape: Callable[[int], CacheShape],
+    n_variants: int = 0,
 ) -> None:
-    """Refuse a perplexity run whose workers will not fit into this host's memory.
+    """Refuse a run whose workers will not fit into this host's memory.
 
     Args:
         settings: resolved.
         n_shards: that can be in work at once.
         shape: of a worker's cache, for a number of batch tokens.
+        n_variants: of the model that a worker has open at once, in a comparison.
 
     Raises:
         SettingsError: naming the largest `engine.batch_tokens` that fits.
@@ -63,7 +68,7 @@ def check_run(
     n_workers = n_workers or max(1, min(available_cores() // s.engine.threads, n_shards))
 
     def need(batch_tokens: int) -> int:
-        own = worker_bytes(file, s.engine, batch_tokens, shape(batch_tokens))
+        own = worker_bytes(file, s.engine, batch_tokens, shape(batch_tokens), n_variants)
         return n_workers * own + loaded_bytes(file, s.engine.load, n_workers)
 
     workers = "1 worker wants" if n_workers == 1 else f"{n_workers} workers want"
@@ -72,7 +77,11 @@ def check_run(
 
 
 def worker_bytes(
-    file: engine.GGUFFile, settings: EngineSettings, batch_tokens: int, shape: CacheShape
+    file: engine.GGUFFile,
+    settings: EngineSettings,
+    batch_tokens: int,
+    shape: CacheShape,
+    n_variants: int = 0,
 ) -> int:
     """Anonymous bytes of a worker: its interpreter, the model's activations and scratch, and its cache."""
     import engine
@@ -83,6 +92,7 @@ def worker_bytes(
         batch_tokens=batch_tokens,
         kv=settings.kv,
         activations=settings.activations,
+        n_variants=n_variants,
         **shape._asdict(),
     )
 

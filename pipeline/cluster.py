@@ -15,13 +15,20 @@ import socket
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pipeline import events
 from pipeline.errors import ClusterUnreachable
 from pipeline.executor import WORKER, Executor, InlineExecutor, OnResult, ShardFailure, Task
-from pipeline.ray_pool import Pool, spread
+from pipeline.placement import Need, Plan, plan
+from pipeline.ray_metrics import ClusterMetrics
+from pipeline.ray_pool import Pool
 from pipeline.runtime import available_cores, environment, prepare_local_ray, prepare_remote_ray, worker_env
+from pipeline.survey import Survey
+from pipeline.topology import look, usable_cores
+from pipeline.versions import VersionCheck
 
 if TYPE_CHECKING:
     from pipeline.settings import ClusterSettings, EngineSettings
@@ -36,63 +43,112 @@ _LONGEST_TEMP = 40  # Ray puts sockets below it, and a socket's path may have 10
 log = logging.getLogger(__name__)
 
 
-def open_executor(settings: ClusterSettings, engine: EngineSettings, factory: str = WORKER) -> Executor:
+def open_executor(
+    settings: ClusterSettings, engine: EngineSettings, factory: str = WORKER, need: Need | None = None
+) -> Executor:
     """The executor that `cluster.kind` names; nothing is started yet.
 
     Args:
         factory: "module:callable" that makes a worker from a spec, importable on every node.
+        need: what a worker takes; None where only its threads are known.
     """
     if settings.kind == "inline":
         return InlineExecutor(factory)
-    return RayExecutor(settings, settings.threads_per_worker or engine.threads, factory)
+    return RayExecutor(settings, settings.threads_per_worker or engine.threads, factory, need)
+
+
+def plan_of(settings: ClusterSettings, need: Need) -> Plan:
+    """Where the workers of a run would go; none is started.
+
+    Raises:
+        ClusterUnreachable, SettingsError: see `placement.plan`.
+    """
+    if settings.kind != "ray":
+        return plan_here(settings, need)
+    executor = RayExecutor(settings, need.threads, need=need)
+    try:
+        return executor.plan()
+    finally:
+        executor.close()
+
+
+def plan_here(settings: ClusterSettings, need: Need) -> Plan:
+    """The plan of this host alone; whose models are the driver's own."""
+    node = replace(look(), models=need.models)
+    wanted = 1 if settings.kind == "inline" else settings.workers
+    return plan([node], need, wanted=wanted, numa="none" if settings.kind == "inline" else settings.numa)
 
 
 class RayExecutor:
     """A pool of Ray actors on a Ray of our own (`cluster=local`) or on an existing one (`cluster=ray`)."""
 
-    def __init__(self, settings: ClusterSettings, threads: int, factory: str = WORKER) -> None:
-        self.n_workers = settings.workers or max(1, available_cores() // threads)
+    def __init__(
+        self, settings: ClusterSettings, threads: int, factory: str = WORKER, need: Need | None = None
+    ) -> None:
+        self.n_workers = settings.workers or max(1, usable_cores() // threads)
         self._settings, self._threads, self._factory = settings, threads, factory
+        self._need = need or Need(threads)
+        self._survey: Survey | None = None
         self._ray: Any = None
         self._pool: Pool | None = None
         self._temp_dir: str | None = None
+        self._versions: VersionCheck | None = None
+        self._metrics: ClusterMetrics | None = None
 
     def start(self, specs: Sequence[WorkerSpec]) -> list[dict[str, Any]]:
-        if self._settings.kind == "local":
-            self._start_local()
-            variables, capacity = None, {node["NodeID"]: self.n_workers for node in self._ray.nodes()}
-        else:
-            self._join()
-            variables = worker_env(self._threads)
-            nodes = [node for node in self._ray.nodes() if node["Alive"]]
-            capacity = {
-                node["NodeID"]: int(node["Resources"].get("CPU", 0)) // self._threads for node in nodes
-            }
-        places = spread(capacity, self._settings.workers)
-        if not places:
-            raise ClusterUnreachable(
-                f"no node of the cluster has the {self._threads} CPUs of one worker",
-                "lower cluster.threads_per_worker",
-            )
-        if len(places) < (self._settings.workers or 0):
-            log.warning(
-                "cluster.workers=%d, but only %d fit on the cluster", self._settings.workers, len(places)
-            )
+        made = self.plan()
+        for line in made.lines():
+            log.info("%s", line)
+        for remark in made.remarks:
+            log.warning("%s", remark)
+        survey = self._survey
+        if survey is None:
+            raise RuntimeError("plan() leaves a survey")
+        survey.copy_models()
+        variables = None if self._settings.kind == "local" else worker_env(self._threads)
         self._pool = Pool(self._ray, self._factory, specs, self._threads, variables)
-        infos = self._pool.start(places)
+        infos = self._pool.start([place.node_id for place in survey.places_for(self._nodes())])
         self.n_workers = len(infos)
         return infos
+
+    def plan(self) -> Plan:
+        """Connect, look at the nodes, and decide where workers go; none is started yet.
+
+        Raises:
+            ClusterUnreachable, SettingsError: see `placement.plan`.
+        """
+        s = self._settings
+        if s.kind == "local":
+            made = plan_here(s, self._need)
+            self.n_workers = len(made.places)
+            self._start_local()
+            (node,) = self._nodes()
+            made = made.on(node["NodeID"])
+            self._survey = Survey(self._ray, self._need, wanted=self.n_workers, numa=s.numa)
+            self._survey.adopt(made)
+            return made
+        self._join()
+        self._survey = Survey(self._ray, self._need, wanted=s.workers, numa=s.numa)
+        return self._survey.plan(self._nodes())
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self._ray.nodes() if node["Alive"]]
 
     def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
         if self._pool is None:
             raise RuntimeError("run() before start()")
-        return self._pool.run(tasks, on_result)
+        with events.of_runs(tasks):
+            return self._pool.run(tasks, on_result)
 
     def memory(self) -> list[dict[str, Any]]:
         return [] if self._pool is None else self._pool.memory()
 
     def close(self) -> None:
         ray, pool, self._ray, self._pool = self._ray, self._pool, None, None
+        if self._survey is not None:
+            self._survey.close()
+        if self._metrics is not None:
+            events.stop_listening(self._metrics)
         if ray is not None:
             if (
                 pool is not None and self._settings.kind == "ray"
@@ -152,6 +208,10 @@ class RayExecutor:
         if address != "auto":
             _check_reachable(address)
         self._connect(address=address)
+        self._versions = VersionCheck(self._ray)
+        self._versions.require([node for node in self._ray.nodes() if node["Alive"]])
+        self._metrics = ClusterMetrics(import_module("ray.util.metrics"))
+        events.listen(self._metrics)
 
     def _connect(self, **options: Any) -> None:
         """`ray.init`, with our handler of SIGTERM kept: Ray's would skip the caller's clean-up."""

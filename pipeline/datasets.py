@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.formats import Documents, documents_of
-from pipeline.settings import DataSettings, PathsSettings
+from pipeline.settings import DataSettings, PathsSettings, shown
 from pipeline.sources import Source, digest_of, read_sources
 
 WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -74,18 +74,20 @@ class Text:
         ]
 
 
-def load_text(settings: DataSettings, cache: Path | None = None) -> Text:
+def load_text(settings: DataSettings, cache: Path | None = None, cache_limit: int | None = None) -> Text:
     """Read, check and decode the data set that `data.*` names.
 
     Args:
         settings: `documents` null is joined here; `PerplexitySettings.resolved` has asked the protocol.
         cache: where URLs are fetched to; None is the default `paths.cache`.
+        cache_limit: bytes that all that was fetched may take, None for no limit.
 
     Raises:
         DataError: missing, unreadable or empty source; other bytes than `data.sha256` says; invalid UTF-8; a
             row that is broken or lacks the field; no document with a word in it.
     """
-    sources = read_sources(settings, cache or Path(PathsSettings().cache).expanduser())
+    sources = read_sources(settings, cache or Path(PathsSettings().cache).expanduser(), cache_limit)
+    settings = replace(settings, path=shown(settings.path))
     digest = digest_of(sources)
     if settings.sha256 is not None and digest != settings.sha256.lower():
         raise _mismatch(settings.path, sources, settings.sha256.lower(), digest)

@@ -14,13 +14,16 @@ from __future__ import annotations
 import math
 import socket
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import results
 from pipeline.capacity import worker_bytes
+from pipeline.placement import Need
 from pipeline.preflight import Prepared
 from pipeline.settings import PerplexitySettings
+from pipeline.topology import ModelFile
 from pipeline.windows import cache_shape, open_protocol
 
 SHARE = 0.5
@@ -49,7 +52,7 @@ class Estimator:
             "estimated_s": n_left / (rate * max(1, min(n_workers, len(ready.todo)))),
             "estimated_from": how,
             "model_bytes": ready.file.n_bytes,
-            "worker_bytes": _worker_bytes(ready),
+            "worker_bytes": own_bytes(ready),
         }
 
     def _rate(self, ready: Prepared) -> tuple[float, str]:
@@ -77,7 +80,7 @@ class Estimator:
             )
         gflops = self._ceiling(threads)
         n_weights = sum(math.prod(t.shape) for t in ready.file.tensors.values() if len(t.shape) == 2)
-        rate = SHARE * gflops * 1e9 / (2 * n_weights)
+        rate = SHARE * gflops * 1e9 / max(1, 2 * n_weights)
         return rate, (
             f"no earlier run of this model here: {SHARE:.0%} of {gflops:.0f} GFLOP/s measured now, "
             f"{2 * n_weights / 1e6:,.3g} MFLOP a token: {rate:.0f} tok/s a worker"
@@ -91,7 +94,29 @@ class Estimator:
         return self._gflops
 
 
-def _worker_bytes(ready: Prepared) -> int:
+def need_of(runs: Sequence[Prepared]) -> Need:
+    """What workers take that score one run after another."""
+    s = runs[0].settings
+    files = {ready.spec.model_path: ready for ready in runs}
+    models = (
+        ModelFile(
+            path,
+            ready.file.n_bytes,
+            min(ready.file.n_bytes, ready.file.resident_bytes()),
+            ready.spec.model_sha256,
+        )
+        for path, ready in files.items()
+    )
+    return Need(
+        threads=s.engine.threads,
+        worker_bytes=max(own_bytes(ready) for ready in runs),
+        models=tuple(models),
+        load=s.engine.load,
+        cache=s.paths.cache,
+    )
+
+
+def own_bytes(ready: Prepared) -> int:
     """What a worker allocates."""
     s, spec, n_tokens = ready.settings, ready.spec, ready.stream.tokens.size
     protocol = open_protocol(s.protocol, spec.bos_id, ready.stream)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from pipeline import events
+
 if TYPE_CHECKING:
     from pipeline.shards import Shard
     from pipeline.worker import ShardResult, WorkerSpec
@@ -47,7 +49,8 @@ class Task:
     file: str = ""
 
 
-OnResult = Callable[[Task, "ShardResult"], None]
+OnResult = Callable[[Task, "ShardResult"], bool | None]
+"""Called after each task; True says that the tasks not yet handed out are not needed any more."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,10 @@ class Executor(Protocol):
         ...
 
     def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
-        """Run tasks in any order, calling `on_result` here after each; returns those set aside, in order."""
+        """Run tasks in any order, calling `on_result` here after each; returns those set aside, in order.
+
+        Tasks that were in work when `on_result` returned True are finished and reported like the others.
+        """
         ...
 
     def memory(self) -> list[dict[str, Any]]:
@@ -137,6 +143,11 @@ class Queue:
             failures.append(set_aside(follower, "not reached", cause, 0))
             follower = self._next.pop(follower, None)
         return failures
+
+    def drop(self) -> None:
+        """Forget all that was not handed out."""
+        self._files.clear()
+        self._next.clear()
 
     def put(self, task: Task) -> None:
         """Add a task behind the others of its file."""
@@ -219,6 +230,7 @@ class InlineExecutor:
     def start(self, specs: Sequence[WorkerSpec]) -> list[dict[str, Any]]:
         host = Host(self._factory)
         info = host.ready(specs)
+        events.worker_ready(info)
         self._host = host
         return [info]
 
@@ -227,15 +239,18 @@ class InlineExecutor:
             raise RuntimeError("run() before start()")
         todo, failures = Queue(tasks), []
         rank = {task: i for i, task in enumerate(tasks)}
-        while todo:
-            task = todo.take()
-            try:
-                result = self._host.run(task)
-            except Exception as error:
-                failures += [set_aside(task, "error", describe(error), 1), *todo.failed(task)]
-            else:
-                todo.done(task)
-                on_result(task, result)
+        with events.of_runs(tasks):
+            while todo:
+                task = todo.take()
+                try:
+                    result = self._host.run(task)
+                except Exception as error:
+                    failures += [set_aside(task, "error", describe(error), 1), *todo.failed(task)]
+                else:
+                    events.shard_done(task, result)
+                    todo.done(task)
+                    if on_result(task, result):
+                        todo.drop()
         return sorted(failures, key=lambda failure: rank[failure.task])
 
     def memory(self) -> list[dict[str, Any]]:
@@ -249,7 +264,7 @@ class InlineExecutor:
 
 def set_aside(task: Task, kind: str, cause: str, attempts: int) -> ShardFailure:
     """Record and report a shard that will not be finished."""
-    log.error("shard %d is set aside (%s): %s", task.shard.first_window, kind, cause)
+    events.shard_set_aside(task, kind, cause, attempts)
     return ShardFailure(task, kind, cause, attempts)
 
 

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import RunResult, handover, metrics, provenance, store
-from pipeline.cluster import open_executor
+from pipeline.cluster import open_executor, plan_of
 from pipeline.errors import IncompleteError, PipelineError
+from pipeline.estimate import Estimator, need_of
 from pipeline.executor import ShardFailure, Task
 from pipeline.memory import process_memory
-from pipeline.preflight import Preflight, Prepared
+from pipeline.preflight import NotFetched, Preflight, Prepared
 from pipeline.record import Journal
-from pipeline.runtime import available_cores
 from pipeline.settings import ClusterSettings, PerplexitySettings
 from pipeline.shards import n_abreast
+from pipeline.topology import usable_cores
 from pipeline.tracking import open_tracker
-from pipeline.worker import ShardResult
+from pipeline.worker import ShardResult, WorkerSpec
 
 if TYPE_CHECKING:
     from pipeline.progress import Progress
@@ -100,9 +101,14 @@ def run(settings: PerplexitySettings, progress: Progress | None) -> RunResult:
     """See `pipeline.evaluate`: a run of its own."""
     began_s, clock = time.time(), time.perf_counter()
     with Preflight() as preflight:
-        ready = preflight.check(settings)
+        try:
+            ready = preflight.check(settings)
+        except NotFetched as error:
+            summary = unfetched(error) | {"wall_s": time.perf_counter() - clock}
+            return RunResult(summary, summary["warnings"], settings.paths.results, 0)
         if ready.settings.dry_run:
-            summary = planned(ready) | {"wall_s": time.perf_counter() - clock}
+            summary = planned(ready) | dry_plan([ready], Estimator(ready.settings))[0]
+            summary |= {"wall_s": time.perf_counter() - clock}
             return RunResult(summary, ready.warnings, ready.spec.run_dir, 0)
         scoring = Scoring(preflight.begin(ready), since=clock)
         tracker = open_tracker(ready.settings.tracking, Path(ready.settings.paths.results))
@@ -154,14 +160,18 @@ def score(scorings: Sequence[Scoring], journal: Journal, progress: Progress | No
     if not todo:
         return
     by_key = {scoring.ready.spec.run_key: scoring for scoring in todo}
-    specs = [scoring.ready.spec for scoring in todo]
+    specs = _in_line([scoring.ready.spec for scoring in todo])
     tasks = [
         Task(spec, shard, spec.model_path)
         for spec, scoring in zip(specs, todo, strict=True)
         for shard in scoring.ready.todo
     ]
     abreast = sum(n_abreast(scoring.ready.todo) for scoring in todo)
-    executor = open_executor(no_idle_workers(todo[0].ready.settings, abreast), specs[0].engine)
+    executor = open_executor(
+        no_idle_workers(todo[0].ready.settings, abreast),
+        specs[0].engine,
+        need=need_of([scoring.ready for scoring in todo]),
+    )
     try:
         if progress is not None:
             _tell_starting(todo, progress)
@@ -186,6 +196,17 @@ def score(scorings: Sequence[Scoring], journal: Journal, progress: Progress | No
             conclude(scoring, len(infos) if len(scorings) == 1 else len(scoring.workers), memory)
 
 
+def _in_line(specs: Sequence[WorkerSpec]) -> list[WorkerSpec]:
+    """Each told which model the next one wants, should it be another one that is fetched."""
+    line: list[WorkerSpec] = []
+    following = None
+    for spec in reversed(specs):
+        if line and line[-1].model_path != spec.model_path:
+            following = line[-1].wanted
+        line.append(replace(spec, following=following))
+    return line[::-1]
+
+
 def told(error: PipelineError) -> dict[str, Any]:
     """What a summary says of an error."""
     return {
@@ -208,7 +229,7 @@ def _conclude(
     windows = None
     if missing:
         handover.drop(Path(ready.spec.run_dir), finished.paths)
-        summary |= told(_incomplete(ready, missing, scoring.failures))
+        summary |= told(incomplete(ready, missing, scoring.failures))
     else:
         windows = store.read_windows(finished.paths)
         summary |= metrics.perplexity({name: windows.column(name).to_numpy() for name in _SUMMED})
@@ -257,7 +278,7 @@ def no_idle_workers(settings: PerplexitySettings, n_shards: int) -> ClusterSetti
     cluster = settings.cluster
     if cluster.kind != "local" or cluster.workers is not None:
         return cluster
-    fitting = max(1, available_cores() // settings.engine.threads)
+    fitting = max(1, usable_cores() // settings.engine.threads)
     return replace(cluster, workers=min(fitting, max(1, n_shards)))
 
 
@@ -342,6 +363,22 @@ def blank(ready: Prepared) -> dict[str, Any]:
     }
 
 
+def unfetched(error: NotFetched) -> dict[str, Any]:
+    """A dry run's answer where the model would have to be fetched first."""
+    import engine
+
+    known = {"job": "perplexity", "ok": True, "exit_code": 0, "version": provenance.version()}
+    unknown = ("error", "run_key", "measure_key", "table", "mlflow_run_id", "compile_s", "load_s", *HEADLINES)
+    return {
+        **known,
+        **dict.fromkeys((*unknown, "n_windows", "n_tokens", "n_workers", "n_shards", "shards_todo")),
+        "numerics": engine.NUMERICS,
+        "warnings": [str(error)],
+        "dry_run": True,
+        "fetch_bytes": error.n_bytes,
+    }
+
+
 def planned(ready: Prepared) -> dict[str, Any]:
     """A dry run's answer: the plan, and nothing started."""
     s = ready.settings
@@ -351,7 +388,28 @@ def planned(ready: Prepared) -> dict[str, Any]:
         "n_tokens": ready.n_windows * s.protocol.window,
         "n_workers": 1 if cluster.kind == "inline" else cluster.workers,
         "shards_todo": len(ready.todo),
+        "fetch_bytes": 0,
     }
+
+
+def dry_plan(runs: Sequence[Prepared], estimator: Estimator) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Where workers would go, and what that takes: of all runs together, and of each.
+
+    The plan is said line by line as a run says it before it starts.
+    """
+    cluster = no_idle_workers(runs[0].settings, sum(n_abreast(ready.todo) for ready in runs))
+    made = plan_of(cluster, need_of(runs))
+    for line in (*made.lines(), *made.remarks):
+        log.info("%s", line)
+    n_workers = len(made.places)
+    plans = [estimator.plan(ready, n_workers) for ready in runs]
+    return {
+        "n_workers": n_workers,
+        "nodes": made.told(),
+        "estimated_s": sum(plan["estimated_s"] for plan in plans),
+        "estimated_from": list(dict.fromkeys(plan["estimated_from"] for plan in plans)),
+        "memory_bytes": max(plan["model_bytes"] + n_workers * plan["worker_bytes"] for plan in plans),
+    }, plans
 
 
 def _figures(scoring: Scoring, n_workers: int, memory: list[dict[str, Any]]) -> dict[str, Any]:
@@ -378,7 +436,8 @@ def _figures(scoring: Scoring, n_workers: int, memory: list[dict[str, Any]]) -> 
     }
 
 
-def _incomplete(ready: Prepared, missing: Sequence[Any], failures: Sequence[ShardFailure]) -> IncompleteError:
+def incomplete(ready: Prepared, missing: Sequence[Any], failures: Sequence[ShardFailure]) -> IncompleteError:
+    """What is told of a run that lacks shards: which, and why."""
     causes = {failure.shard: failure for failure in failures}
     named = []
     for shard in missing[:_NAMED_AT_MOST]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeline import capacity, provenance, store
+from pipeline import capacity, node_cache, provenance, store
 from pipeline.datasets import Text, load_text
-from pipeline.errors import ModelError, RefusedError, SettingsError, StoreError
-from pipeline.settings import PerplexitySettings
+from pipeline.errors import DataError, ModelError, RefusedError, SettingsError, StoreError
+from pipeline.settings import DataSettings, PerplexitySettings, is_url, shown
 from pipeline.shards import Shard, n_abreast, plan
 from pipeline.tokens import TokenStream, token_stream
 from pipeline.windows import begin_id, cache_shape, open_protocol
@@ -25,8 +25,24 @@ from pipeline.worker import WorkerSpec
 
 if TYPE_CHECKING:
     import engine
+    from pipeline.windows import ScoringProtocol
 
 _UNSUPPORTED = "use a model of a supported architecture, quantization and tokenizer"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a model, whose file is mapped, and with what it is asked; nothing of results yet."""
+
+    settings: PerplexitySettings
+    file: engine.GGUFFile
+    tokenizer: engine.Tokenizer
+    stream: TokenStream
+    bos_id: int | None
+    protocol: ScoringProtocol
+    measure: dict[str, Any]
+    n_windows: int
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,14 @@ class Prepared:
 
 
 class Preflight:
-    """Checks runs; the driver has their model files mapped as long as this is open."""
+    """Checks runs; the driver has their model files mapped as long as this is open.
 
-    def __init__(self) -> None:
+    Args:
+        table: that they leave. What is not scores, the measure says, so that no key is shared.
+    """
+
+    def __init__(self, table: store.ShardTable = store.WINDOWS) -> None:
+        self._table = table
         self._files = ExitStack()
         self._probed: set[Path] = set()
         self._latest: dict[str, tuple[Any, Any]] = {}  # what was read last, by kind: of what, and itself
@@ -72,10 +93,18 @@ class Preflight:
     ) -> None:
         self._files.close()
 
-    def check(self, settings: PerplexitySettings) -> Prepared:
-        """Check settings, results folder, data and model; tokenize; list what is finished.
+    def ask(
+        self,
+        settings: PerplexitySettings,
+        read: Callable[[DataSettings, Path], Text] | None = None,
+        tokenize: Callable[[Text, engine.Tokenizer, Path], TokenStream] | None = None,
+    ) -> Asked:
+        """Check settings, results folder, data and model; tokenize.
 
         Nothing is written under `paths.results` but the folder itself.
+
+        Args:
+            read, tokenize: in place of `load_text` and `token_stream`, where the data are no text.
 
         Raises:
             RefusedError: with all that a user needs to put it right.
@@ -90,11 +119,12 @@ class Preflight:
         results, cache = Path(s.paths.results), Path(s.paths.cache)
         self._probe(results, "paths.results")
         self._probe(cache, "paths.cache")
-        text: Text = self._once("text", s.data, lambda: load_text(s.data, cache))
-        file, tokenizer = self._once("model", s.model, lambda: self._open_model(s.model.path))
+        reader = read or partial(load_text, cache_limit=s.paths.limit_bytes)
+        text: Text = self._once("text", s.data, lambda: reader(s.data, cache))
+        file, tokenizer = self._once("model", s.model, lambda: self._open_model(s))
         warnings += _beyond_training(file, s.protocol.window)
         stream: TokenStream = self._once(
-            "stream", (s.data, s.model), lambda: token_stream(text, tokenizer, cache)
+            "stream", (s.data, s.model), lambda: (tokenize or token_stream)(text, tokenizer, cache)
         )
         bos_id = begin_id(s.protocol, tokenizer)
         protocol = open_protocol(s.protocol, bos_id, stream)
@@ -106,11 +136,24 @@ class Preflight:
             **text.measure,
             "tokens_sha256": stream.sha256,
             **protocol.measure(stream.tokens.size),
+            **({} if self._table is store.WINDOWS else {"statistic": self._table.name}),
         }
         warnings += text.remarks + protocol.remarks
-        subject = provenance.subject_of(model_digest(s.model.path, cache), s.engine.kv, s.engine.activations)
+        return Asked(s, file, tokenizer, stream, bos_id, protocol, measure, n_windows, warnings)
+
+    def check(self, settings: PerplexitySettings) -> Prepared:
+        """What `ask` checks, the memory that is left, and what is finished.
+
+        Raises:
+            RefusedError: with all that a user needs to put it right.
+        """
+        asked = self.ask(settings)
+        s, file, stream, protocol = asked.settings, asked.file, asked.stream, asked.protocol
+        measure, n_windows, warnings = asked.measure, asked.n_windows, asked.warnings
+        results, cache = Path(s.paths.results), Path(s.paths.cache)
+        subject = provenance.subject_of(model_digest(file.path, cache), s.engine.kv, s.engine.activations)
         run_key = provenance.run_key(measure, subject)
-        folder = store.windows_folder(results, run_key)
+        folder = self._table.folder(results, run_key)
         wanted: dict[str, Any] = {
             "run_key": run_key,
             "n_windows": n_windows,
@@ -126,18 +169,21 @@ class Preflight:
                 f"this run was begun with {per_shard}"
             )
         shards = plan(n_windows, per_shard, protocol.begins(stream.tokens.size))
-        finished = store.finished_shards(folder, shards, run_key)
+        finished = store.finished_shards(folder, shards, run_key, self._table)
         todo = [shard for shard in shards if shard not in finished.paths]
         shape = partial(cache_shape, protocol, stream.tokens.size, s.protocol, per_shard)
-        capacity.check_run(file, s, n_abreast(todo), shape)
+        abreast = n_abreast(todo)
+        if self._table is store.WINDOWS:  # pipeline.placement starts more than one only where they fit
+            abreast = min(1, abreast)
+        capacity.check_run(file, s, abreast, shape)
         spec = WorkerSpec(
             run_key=run_key,
-            model_path=s.model.path,
+            model_path=shown(s.model.path),
             model_sha256=subject["model_sha256"],
             tokens_path=str(stream.tokens_path),
             tokens_sha256=stream.sha256,
             counts_path=str(stream.counts_path),
-            bos_id=bos_id,
+            bos_id=asked.bos_id,
             protocol=s.protocol,
             engine=s.engine,
             windows_per_shard=per_shard,
@@ -150,6 +196,7 @@ class Preflight:
                 **subject,
                 "version": provenance.version(),
             },
+            wanted=wanted_model(s, subject["model_sha256"]),
         )
         warnings += finished.remarks
         return Prepared(
@@ -164,7 +211,8 @@ class Preflight:
         """
         folder = Path(ready.spec.run_dir)
         _make(folder)
-        _make(store.runs_folder(Path(ready.settings.paths.results), ready.spec.run_key))
+        if self._table is store.WINDOWS:
+            _make(store.runs_folder(Path(ready.settings.paths.results), ready.spec.run_key))
         fixed = store.fix_plan(folder, ready.plan)
         if int(fixed["windows_per_shard"]) != ready.spec.windows_per_shard:
             return self.check(ready.settings)  # another driver began the same run a moment ago, otherwise
@@ -188,10 +236,62 @@ class Preflight:
             raise found
         return found
 
-    def _open_model(self, path: str) -> tuple[engine.GGUFFile, engine.Tokenizer]:
-        file, tokenizer = _open_model(path)
-        self._files.enter_context(file)
+    def _open_model(self, s: PerplexitySettings) -> tuple[engine.GGUFFile, engine.Tokenizer]:
+        """The model, fetched if it is a URL, and checked against `model.sha256`."""
+        cache, pinned = Path(s.paths.cache), s.model.sha256 and s.model.sha256.lower()
+        wanted = wanted_model(s, pinned)
+        with ExitStack() as held:
+            if wanted is None:
+                file, tokenizer = _open_model(s.model.path)
+            else:
+                if s.dry_run:
+                    _check_fetched(wanted, cache)
+                path = held.enter_context(node_cache.model_copy(wanted, cache)).path
+                try:
+                    file, tokenizer = _open_model(str(path))
+                except ModelError as error:
+                    hint = f"{error.hint}; it was fetched from {wanted.name}: remove it to fetch it again"
+                    raise ModelError(str(error), hint, kind=error.kind) from error
+            held.enter_context(file)
+            if pinned is not None and (found := model_digest(file.path, cache)) != pinned:
+                raise ModelError(
+                    f"{s.model.path}: SHA-256 is {found}, expected {pinned} (model.sha256)",
+                    "is it another version? drop model.sha256 to use this one",
+                )
+            self._files.push(held.pop_all())
         return file, tokenizer
+
+
+class NotFetched(ModelError):
+    """A dry run of a model that is not here yet; `n_bytes` would be fetched, None where nobody says."""
+
+    def __init__(self, message: str, hint: str = "", *, kind: str | None = None) -> None:
+        super().__init__(message, hint, kind=kind)
+        self.n_bytes: int | None = None
+
+
+def wanted_model(s: PerplexitySettings, sha256: str | None) -> node_cache.Wanted | None:
+    """What every node is to fetch, None where the model is a path."""
+    if not is_url(s.model.path):
+        return None
+    return node_cache.Wanted(s.model.path, sha256, s.paths.limit_bytes)
+
+
+def _check_fetched(wanted: node_cache.Wanted, cache: Path) -> None:
+    """Raise NotFetched unless the model is in the cache; ModelError when its source does not answer."""
+    try:
+        n_bytes = node_cache.missing_bytes(wanted.url, cache)
+    except DataError as error:
+        raise ModelError(str(error), error.hint) from error
+    if n_bytes != 0:
+        many = "an unknown number of" if n_bytes is None else f"{n_bytes:,}"
+        refusal = NotFetched(
+            f"{wanted.name}: {many} bytes to fetch; a dry run fetches no model, and the rest is known once "
+            "it is there",
+            "run without dry_run=true",
+        )
+        refusal.n_bytes = n_bytes
+        raise refusal
 
 
 def open_model(path: str) -> engine.GGUFFile:

@@ -6,13 +6,20 @@ import logging
 import math
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
+from pipeline import events
+
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 LINE_EVERY_S = 30.0
+HOSTS_IN_A_LINE, HOSTS_ON_A_TERMINAL = 8, 48
+LATELY = 16  # shards of a host that its tokens/s is taken over
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +90,37 @@ class Tally:
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class Hosts:
+    """Tokens/s of each host that works, lately: listens to events of finished shards."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._done: dict[str, deque[tuple[float, float]]] = {}  # when, tokens; the first only says since when
+
+    def __call__(self, event: events.Event) -> None:
+        tokens, worker = event.fields.get("tokens"), str(event.fields.get("worker", ""))
+        if event.name == events.SHARD_DONE and isinstance(tokens, int) and worker:
+            begun = deque([(self._began, 0.0)], maxlen=LATELY + 1)
+            self._done.setdefault(events.host_of(worker), begun).append((time.monotonic(), tokens))
+
+    def rates(self) -> list[tuple[str, float]]:
+        """Hosts, the slowest first; one that stands still gets slower and slower."""
+        now = time.monotonic()
+        rates = [
+            (host, sum(tokens for _, tokens in list(done)[1:]) / max(now - done[0][0], 1e-9))
+            for host, done in self._done.items()
+        ]
+        return sorted(rates, key=lambda rate: rate[1])
+
+    def shown(self, at_most: int) -> list[str]:
+        """'host 812 tok/s' for each of several hosts, [] for one: its rate is the run's."""
+        rates = self.rates()
+        if len(rates) < 2:
+            return []
+        more = [f"and {len(rates) - at_most} more"] if len(rates) > at_most else []
+        return [f"{host} {rate:.0f} tok/s" for host, rate in rates[:at_most]] + more
+
+
 class _Figures(TypedDict):
     ppl: str
     rate: str
@@ -96,6 +134,7 @@ class LineProgress:
         self._every_s = every_s
         self._last = time.monotonic()
         self._tally: Tally | None = None
+        self._hosts = Hosts()
 
     def start(
         self,
@@ -106,8 +145,10 @@ class LineProgress:
         nll_sum: float = 0.0,
         mixed: bool = False,
     ) -> None:
+        self.stop()
         self._tally = Tally(total_windows, done_windows, n_scored, math.inf if mixed else nll_sum)
         self._last = time.monotonic()
+        events.listen(self._hosts)
         log.info(
             "%d windows to score%s",
             total_windows - done_windows,
@@ -125,21 +166,24 @@ class LineProgress:
         now = time.monotonic()
         if now - self._last >= self._every_s or tally.done >= tally.total:
             self._last = now
+            hosts = self._hosts.shown(HOSTS_IN_A_LINE)
             log.info(
-                "%d of %d windows, perplexity %s, %s tokens/s, %s left",
+                "%d of %d windows, perplexity %s, %s tokens/s, %s left%s",
                 tally.done,
                 tally.total,
                 tally.perplexity(),
                 tally.tokens_per_s(),
                 tally.eta(),
+                f"; {', '.join(hosts)}" if hosts else "",
             )
 
     def stop(self) -> None:
-        self._tally = None
+        events.stop_listening(self._hosts)
+        self._tally, self._hosts = None, Hosts()
 
 
 class BarProgress:
-    """A live bar on a terminal: windows, running perplexity, tokens/s, time left."""
+    """A live bar on a terminal: windows, running perplexity, tokens/s, time left; below it the hosts."""
 
     def __init__(self, console: Any = None) -> None:
         from rich.console import Console
@@ -148,6 +192,7 @@ class BarProgress:
         self._tally: Tally | None = None
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
+        self._hosts = Hosts()
 
     def start(
         self,
@@ -160,6 +205,7 @@ class BarProgress:
     ) -> None:
         self.stop()
         self._tally = Tally(total_windows, done_windows, n_scored, math.inf if mixed else nll_sum)
+        events.listen(self._hosts)
         bar = self._display()
         self._task = bar.add_task(
             "", total=total_windows, completed=done_windows, note="scoring", **self._figures()
@@ -179,9 +225,11 @@ class BarProgress:
         self._bar.update(self._task, completed=self._tally.done, note="scoring", **self._figures())
 
     def stop(self) -> None:
+        events.stop_listening(self._hosts)
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = self._tally = None
+        self._hosts = Hosts()
 
     def _figures(self) -> _Figures:
         tally = self._tally
@@ -191,10 +239,21 @@ class BarProgress:
     def _display(self) -> RichProgress:
         """The running display; standard output is left alone, standard error is written above the bar."""
         if self._bar is None:
+            from rich.columns import Columns
             from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
             from rich.progress import Progress as RichProgress
 
-            self._bar = RichProgress(
+            shown = self
+
+            class Display(RichProgress):
+                """The bar, and tokens/s of each host below it."""
+
+                def get_renderables(self) -> Iterable[RenderableType]:
+                    yield self.make_tasks_table(self.tasks)
+                    if hosts := shown._hosts.shown(HOSTS_ON_A_TERMINAL):
+                        yield Columns(hosts, padding=(0, 2))
+
+            self._bar = Display(
                 SpinnerColumn(),
                 TextColumn("{task.fields[note]}", markup=False),
                 BarColumn(bar_width=24),

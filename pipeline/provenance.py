@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,9 @@ def file_sha256(path: Path, cache: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    status = path.stat()
-    identity = [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
-    kept = cache / "digests" / f"{key_of(identity)}.json"
-    try:
-        record = json.loads(kept.read_text())
-        if record["identity"] == identity:
-            return str(record["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    identity, kept = _kept_in(path, cache)
+    if (known := _kept(identity, kept)) is not None:
+        return known
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     temporary = kept.with_name(f".{kept.name}.{uuid.uuid4().hex}.tmp")
@@ -97,10 +91,50 @@ def model_sha256(path: Path, cache: Path) -> str:
     import engine
 
     with engine.open(path) as file:
-        digests = [file_sha256(Path(part), cache) for part in file.paths]
+        return files_sha256([Path(part) for part in file.paths], cache)
+
+
+def files_sha256(parts: Sequence[Path], cache: Path) -> str:
+    """What `model_sha256` says of a model of those files, whether they are one or not.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return _of_parts([file_sha256(part, cache) for part in parts])
+
+
+def kept_sha256(parts: Sequence[Path], cache: Path) -> str | None:
+    """What `model_sha256` says of a model of those files if that needs no reading of them, None otherwise.
+
+    Raises:
+        OSError: a file is not there.
+    """
+    digests = [_kept(*_kept_in(part, cache)) for part in parts]
+    known = [digest for digest in digests if digest is not None]
+    return _of_parts(known) if len(known) == len(digests) else None
+
+
+def _of_parts(digests: Sequence[str]) -> str:
+    """The one digest, or that of the digests."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+
+
+def _kept_in(path: Path, cache: Path) -> tuple[list[str | int], Path]:
+    """What tells a file from all others, and where its digest is kept."""
+    status = path.stat()
+    identity: list[str | int] = [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
+    return identity, cache / "digests" / f"{key_of(identity)}.json"
+
+
+def _kept(identity: list[str | int], kept: Path) -> str | None:
+    """The digest that was kept of that very file."""
+    try:
+        record = json.loads(kept.read_text())
+        return str(record["sha256"]) if record["identity"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def version() -> str:

@@ -1,11 +1,15 @@
 """Shards over Ray actors that may die: one loop on `ray.wait`, and one worker in each actor.
 
-Three lessons of Ray 2.60 made it. A dying actor is first seen as "unavailable", so an error of that family
-says only that the call was lost: the actor is sent a probe, which alone Ray may repeat through restarts, and
-gets work again when the probe answers; calls to an actor that is restarting fail at once and would use up a
-shard's attempts. Work itself is never repeated by Ray (`max_task_retries=0`): the driver counts. An actor
-that Ray gave up is replaced, as often as shards can end processes, but a place where actors never become
-ready is given up.
+Lessons of Ray 2.60 made it. A dying actor is first seen as "unavailable", so an error of that family says only
+that the call was lost: the actor is sent a probe, which alone Ray may repeat through restarts, and gets work
+again when the probe answers; calls to an actor that is restarting fail at once and would use up a shard's
+attempts. Work itself is never repeated by Ray (`max_task_retries=0`): `pipeline.attempts` counts.
+
+Every few seconds the pool compares itself with the cluster: places without an actor get one, on nodes that
+joined as well, on each node one before the others; actors of nodes that are gone are lost, whatever Ray still
+promises of them; a place where actors never become ready is given up. When the head is gone, a driver has a
+minute before Ray ends its process without a word (`gcs_rpc_server_reconnect_timeout_s`), and any call that
+needs the head hangs until then: it is asked first, by a connection, and the run ended in good time.
 
 `ray` is handed in, connected, by `pipeline.cluster`.
 """
@@ -13,67 +17,94 @@ ready is given up.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ClusterUnreachable
-from pipeline.executor import MAX_KILLS, Host, OnResult, Queue, ShardFailure, Task, describe, set_aside
+from pipeline import events, numa
+from pipeline.attempts import Attempt, Attempts
+from pipeline.errors import ClusterUnreachable, IncompleteError
+from pipeline.executor import Host, OnResult, ShardFailure, Task, describe
 from pipeline.runtime import setup_logging
 
 if TYPE_CHECKING:
+    from pipeline.placement import Place
     from pipeline.worker import WorkerSpec
 
 MAX_RESTARTS = 3  # of one actor, by Ray
 MAX_BARREN = 2  # actors in a row, each restarted that often, that never became ready: their place is given up
 START_TIMEOUT_S = 900.0  # for the first worker; a first compilation takes minutes on a slow machine
 START_GRACE_S = 60.0  # for the others after it; later ones join the run when they are ready
+NOBODY_TIMEOUT_S = 120.0  # without any node that could take a worker
+LOOK_S = 2.0  # between two looks at the cluster
+HEAD_TIMEOUT_S = 15.0  # without an answer of the head; see above, and closing takes up to 25 s then
 MEMORY_TIMEOUT_S = 30.0
+REPLACED_TIMEOUT_S = 5.0  # for workers that are just being replaced when memory is measured
+VMSTAT = Path("/proc/vmstat")
 
 log = logging.getLogger(__name__)
 
-
-def spread(capacity: Mapping[str, int], wanted: int | None) -> list[str]:
-    """Node of each worker: round after round over the nodes that have room, at most `wanted` in all.
-
-    Args:
-        capacity: workers that fit on each node.
-    """
-    rounds = range(max(capacity.values(), default=0))
-    places = [node for turn in rounds for node in capacity if capacity[node] > turn]
-    return places if wanted is None else places[:wanted]
+PlacesFor = Callable[[Sequence[Mapping[str, Any]]], Sequence["Place"]]
+"""Where workers are to be, given the entries of `ray.nodes()` that are alive; must not wait for anything."""
 
 
 class Hosted(Host):
-    """What an actor holds. A probe makes the worker, so that its errors arrive as ordinary ones."""
+    """What an actor holds. A probe makes the worker, so that its errors arrive as ordinary ones.
 
-    def __init__(self, factory: str) -> None:
+    The process is bound to its place's CPUs before anything imports Numba, which counts them.
+    """
+
+    def __init__(self, factory: str, place: Place) -> None:
+        if place.cpus:
+            os.sched_setaffinity(0, place.cpus)
+        numa.use(place.mirror)
         setup_logging()
         super().__init__(factory)
+
+    def ready(self, specs: Sequence[WorkerSpec]) -> dict[str, Any]:
+        """See `Host.ready`; `oom_kills` are processes of this host that the kernel ended for want of memory."""
+        return {**super().ready(specs), "oom_kills": oom_kills()}
 
 
 @dataclass(eq=False)
 class Actor:
-    """An actor in its place: `barren` ones before it never became ready; `info` is what it said of itself.
+    """An actor in its place. `info` is what it said of itself.
 
-    `file` is the one that its last shard had open.
+    Attributes:
+        file: that its last shard had open; of `known` ones it has finished a shard.
+        call: in flight: its reference, and the attempt, None for a probe.
     """
 
-    node: str
+    place: Place
     handle: Any
-    barren: int
     is_ready: bool = False
     info: dict[str, Any] | None = None
     file: str | None = None
+    known: set[str] = field(default_factory=set)
+    call: tuple[Any, Attempt | None] | None = None
+
+    @property
+    def node(self) -> str:
+        """Ray's id of its node."""
+        return self.place.node_id
+
+    @property
+    def name(self) -> str | None:
+        """HOST:PID, None before it was ready."""
+        return None if self.info is None else f"{self.info.get('host', '?')}:{self.info.get('pid', '?')}"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A task's call that ended: its result, or why there is none."""
+    """An attempt's call that ended: its result, or why there is none."""
 
-    task: Task
+    actor: Actor
+    attempt: Attempt
     result: Any = None
     error: BaseException | None = None
     is_ours: bool = False
@@ -87,6 +118,7 @@ class Pool:
         specs: see `pipeline.executor.Executor.start`.
         threads: CPUs of one worker.
         environment: variables that each worker's process is started with, None where they are inherited.
+        places_for: asked every few seconds.
     """
 
     def __init__(
@@ -96,8 +128,9 @@ class Pool:
         specs: Sequence[WorkerSpec],
         threads: int,
         environment: dict[str, str] | None,
+        places_for: PlacesFor,
     ) -> None:
-        self._ray, self._factory = ray, factory
+        self._ray, self._factory, self._places_for = ray, factory, places_for
         self._specs = list(specs)  # what a worker that gets ready may open, the first that it can
         self._options: dict[str, Any] = {
             "num_cpus": threads,
@@ -107,13 +140,24 @@ class Pool:
         }
         if environment is not None:
             self._options["runtime_env"] = {"env_vars": environment}
-        self._actors: list[Actor] = []
-        self._calls: dict[Any, tuple[Actor, Task | None]] = {}  # in flight; no task marks a probe
-        self._later: Counter[str] = Counter()  # workers of a node that wait for its first one's warm-up
+        self._actors: dict[Actor, None] = {}
+        self._idle: dict[Actor, None] = {}
+        self._calls: dict[Any, Actor] = {}  # in flight
+        self._ended: deque[Ended] = deque()  # by us: the worker hung, or its node is gone
+        self._warm: set[str] = set()  # nodes where a worker has been ready, so that the others may start
+        self._closed: set[str] = set()  # nodes where no spec can be opened
+        self._barren, self._given_up = Counter["Place"](), Counter["Place"]()
+        self._oom_kills: dict[str, int] = {}  # of a node, when last heard of
+        self._losses: dict[
+            str, deque[float]
+        ] = {}  # of a node: when workers were lost that have no successor yet
+        self._head = str(ray.get_runtime_context().gcs_address)
+        self._head_answered = time.monotonic()
+        self._next_look = 0.0
         self._last_loss: BaseException | None = None
 
-    def start(self, places: Sequence[str]) -> list[dict[str, Any]]:
-        """Start an actor for each place (a node's id), on each node one before the others.
+    def start(self) -> list[dict[str, Any]]:
+        """Start an actor for each place, on each node one before the others.
 
         Returns:
             What the workers that are ready say of themselves.
@@ -122,10 +166,6 @@ class Pool:
             ClusterUnreachable: none could be started in time.
             Exception: what the last of the workers raised, when none could open any spec.
         """
-        self._later = Counter(places)
-        self._later.subtract(self._later.keys())
-        for node in dict.fromkeys(places):
-            self._launch(node)
         self._await_workers()
         infos = [actor.info for actor in self._actors if actor.info is not None]
         if not infos:
@@ -133,46 +173,47 @@ class Pool:
         return infos
 
     def run(self, tasks: Sequence[Task], on_result: OnResult) -> list[ShardFailure]:
-        """See `pipeline.executor.Executor.run`."""
-        todo, kills, failures = Queue(tasks), Counter[Task](), []
-        rank = {task: i for i, task in enumerate(tasks)}
-        working = time.monotonic()
-        self._hand_out(todo)
-        while todo or self._n_running():
-            if self._n_running():
-                working = time.monotonic()
-            if not self._calls or time.monotonic() - working > START_TIMEOUT_S:
+        """See `pipeline.executor.Executor.run`.
+
+        Raises:
+            IncompleteError: the cluster's head is gone.
+        """
+        work = Attempts(tasks)
+        working = peopled = time.monotonic()
+        while work:
+            self._look(work)
+            self._hand_out(work)
+            now = time.monotonic()
+            working = now if work.n_running else working
+            peopled = now if self._actors else peopled
+            patience = 0.0 if self._closed or self._given_up else NOBODY_TIMEOUT_S
+            if now - peopled > patience or now - working > START_TIMEOUT_S:
+                loss = self._last_loss
+                work.abandon("no worker is ready" if loss is None else describe(loss))
                 break
             results = []
-            for ended in self._finished(timeout_s=1.0):
-                task, error = ended.task, ended.error
-                if error is None:
+            for ended in self._finished(timeout_s=1.0, work=work):
+                work.tick()
+                if ended.error is None and work.done(ended.attempt, ended.result):
+                    ended.actor.known.add(ended.attempt.task.file)
                     results.append(ended)
-                    todo.done(task)
                 elif ended.is_ours:
-                    failures.append(set_aside(task, "error", describe(error), kills[task] + 1))
-                    failures += todo.failed(task)
-                else:
-                    kills[task] += 1
-                    if kills[task] >= MAX_KILLS:
-                        cause = f"its worker's process ended, {kills[task]} times ({type(error).__name__})"
-                        failures.append(set_aside(task, "killed", cause, kills[task]))
-                        failures += todo.failed(task)
-                    else:
-                        log.warning(
-                            "shard %d lost its worker, attempt %d", task.shard.first_window, kills[task]
-                        )
-                        todo.put(task)
-            self._hand_out(todo)  # first: what the caller does with results is no worker's time
+                    work.failed(ended.attempt, describe(ended.error or RuntimeError("unknown")))
+                elif ended.error is not None:
+                    self._count_loss(work, ended)
+            self._hand_out(work)  # first: what the caller does with results is no worker's time
             for ended in results:
-                on_result(ended.task, ended.result)
-        loss = "no worker is ready" if self._last_loss is None else describe(self._last_loss)
-        failures += [set_aside(task, "no worker", loss, kills[task]) for task in todo.tasks()]
-        return sorted(failures, key=lambda failure: rank[failure.task])
+                if on_result(ended.attempt.task, ended.result):
+                    work.drop()
+        for actor in [
+            actor for actor in self._actors if actor.call is not None and actor.call[1] is not None
+        ]:
+            self._drop(actor)  # what it computes is there already
+        return work.failures()
 
     def memory(self) -> list[dict[str, Any]]:
-        """See `pipeline.executor.Executor.memory`; waits for workers that are just being replaced."""
-        deadline = time.monotonic() + MEMORY_TIMEOUT_S
+        """See `pipeline.executor.Executor.memory`; waits a little for workers that are just being replaced."""
+        deadline = time.monotonic() + REPLACED_TIMEOUT_S
         while self._calls and time.monotonic() < deadline:
             list(self._finished(timeout_s=1.0))
         refs = [actor.handle.memory.remote() for actor in self._actors if actor.is_ready]
@@ -188,38 +229,105 @@ class Pool:
         """End all actors."""
         for actor in self._actors:
             self._ray.kill(actor.handle, no_restart=True)
-        self._actors, self._calls = [], {}
+        self._actors, self._idle, self._calls = {}, {}, {}
 
-    def _n_running(self) -> int:
-        return sum(task is not None for _, task in self._calls.values())
-
-    def _hand_out(self, todo: Queue) -> None:
+    def _hand_out(self, work: Attempts) -> None:
         """A task for every actor that is ready and has none, of the file that it has open if possible."""
-        busy = {id(actor) for actor, _ in self._calls.values()}
-        for actor in self._actors:
-            if todo and actor.is_ready and id(actor) not in busy:
-                task = todo.take(actor.file)
-                actor.file = task.file
-                self._calls[actor.handle.run.remote(task)] = (actor, task)
-        self._specs = todo.specs() or self._specs
+        while work.has_next and self._idle:
+            actor = next(iter(self._idle))
+            self._send(actor, *work.take(actor.node, actor.name, actor.file, actor.known))
+        self._specs = work.specs() or self._specs
 
-    def _launch(self, node: str, barren: int = 0) -> None:
-        """Start an actor on a node and probe it."""
-        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+    def _look(self, work: Attempts | None) -> None:
+        """From time to time: follow the cluster, end workers that hang, help those that are slow."""
+        now = time.monotonic()
+        if work is not None:
+            work.tick()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_S
+        if self._head_is_there():
+            self._reconcile()
+        if work is None:
+            return
+        hanging = {attempt: seconds for attempt, seconds in work.overdue()}
+        for actor in [actor for actor in self._actors if actor.call and actor.call[1] in hanging]:
+            assert actor.call is not None and actor.call[1] is not None
+            self._end(actor, TimeoutError(f"no answer for {hanging[actor.call[1]]:.0f} s"))
+        for attempt in work.late() if self._idle else ():
+            helpers = sorted(
+                self._idle, key=lambda actor: (actor.node == attempt.node, actor.file != attempt.task.file)
+            )
+            if helpers:
+                actor = helpers[0]
+                self._send(actor, *work.again(attempt, actor.node, actor.name, actor.file, actor.known))
+
+    def _head_is_there(self) -> bool:
+        """Whether the head answers; IncompleteError when it has not for `HEAD_TIMEOUT_S`."""
+        host, _, port = self._head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
+        except OSError as error:
+            silent_s = time.monotonic() - self._head_answered
+            if silent_s > HEAD_TIMEOUT_S:
+                raise IncompleteError(
+                    f"the cluster's head at {self._head} has not answered for {silent_s:.0f} s: {error}",
+                    "finished shards are kept: start the cluster, or take cluster=local, "
+                    "and run the same command again",
+                    kind="HeadLost",
+                ) from error
+            log.warning("the cluster's head at %s does not answer: %s", self._head, error)
+            return False
+        self._head_answered = time.monotonic()
+        return True
+
+    def _reconcile(self) -> None:
+        """Actors of nodes that are gone are lost, places without an actor get one."""
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        alive = {node["NodeID"] for node in nodes}
+        for actor in [actor for actor in self._actors if actor.node not in alive]:
+            self._end(actor, ConnectionError(f"node {actor.node[:8]} is gone"))
+        wanted = Counter(self._places_for(nodes)) - self._given_up
+        have = Counter(actor.place for actor in self._actors)
+        begun = {actor.node for actor in self._actors}
+        room = wanted.total() - have.total()
+        for place in (wanted - have).elements():
+            node = place.node_id
+            if room > 0 and node not in self._closed and (node in self._warm or node not in begun):
+                self._launch(place)
+                begun.add(node)
+                room -= 1
+
+    def _launch(self, place: Place) -> None:
+        """Start an actor in its place and probe it."""
+        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            place.node_id, soft=False
+        )
         hosted = self._ray.remote(Hosted).options(scheduling_strategy=strategy, **self._options)
-        actor = Actor(node, hosted.remote(self._factory), barren)
-        self._actors.append(actor)
+        actor = Actor(place, hosted.remote(self._factory, place))
+        self._actors[actor] = None
         self._probe(actor)
 
     def _probe(self, actor: Actor) -> None:
-        actor.is_ready, actor.file = False, None
-        self._calls[actor.handle.ready.options(max_task_retries=-1).remote(self._specs)] = (actor, None)
+        actor.is_ready, actor.file, actor.known = False, None, set()
+        self._call(actor, actor.handle.ready.options(max_task_retries=-1).remote(self._specs), None)
+
+    def _send(self, actor: Actor, attempt: Attempt, task: Task) -> None:
+        actor.file = task.file
+        self._call(actor, actor.handle.run.remote(task), attempt)
+
+    def _call(self, actor: Actor, ref: Any, attempt: Attempt | None) -> None:
+        self._idle.pop(actor, None)
+        actor.call, self._calls[ref] = (ref, attempt), actor
 
     def _await_workers(self) -> None:
         """Wait for all workers, but not for ever for the last of them."""
         started = told = time.monotonic()
         first: float | None = None
-        while self._calls:
+        while True:
+            self._look(None)
+            if not self._calls and self._next_look:
+                return
             list(self._finished(timeout_s=1.0))
             now, n_ready = time.monotonic(), sum(actor.is_ready for actor in self._actors)
             if n_ready and first is None:
@@ -249,14 +357,23 @@ class Pool:
             )
         raise self._last_loss
 
-    def _finished(self, timeout_s: float) -> Iterator[Ended]:
+    def _finished(self, timeout_s: float, work: Attempts | None = None) -> Iterator[Ended]:
         """Wait until a call ends; see to the actors of all that ended, and hand on those that were work."""
         errors = self._ray.exceptions
-        ended, rest = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        if self._ended:
+            timeout_s = 0.0
+        if not self._calls:
+            time.sleep(timeout_s)
+        ended, rest = (
+            self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s) if self._calls else ([], [])
+        )
         if ended and rest:
             ended += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         for ref in ended:
-            actor, task = self._calls.pop(ref)
+            actor = self._calls.pop(ref)
+            assert actor.call is not None
+            attempt = actor.call[1]
+            actor.call = None
             result, error, is_ours = None, None, False
             try:
                 result = self._ray.get(ref)
@@ -266,40 +383,93 @@ class Pool:
                 error = raised
             if error is not None and not is_ours:
                 self._lost(actor, error)
-            elif task is None and error is None:
-                self._welcome(actor, result)
-            elif task is None and error is not None:  # it can open no spec: another process could not either
+            elif attempt is not None:
+                self._idle[actor] = None
+            elif error is None:
+                self._welcome(actor, result, work)
+            else:  # it can open no spec: another process could not either
+                self._closed.add(actor.node)
                 self._drop(actor, error)
-                self._later.pop(actor.node, None)
-            if task is not None:
-                yield Ended(task, result, error, is_ours)
+            if attempt is not None:
+                yield Ended(actor, attempt, result, error, is_ours)
+        while self._ended:
+            yield self._ended.popleft()
 
-    def _welcome(self, actor: Actor, info: Any) -> None:
+    def _welcome(self, actor: Actor, info: dict[str, Any], work: Attempts | None) -> None:
         """A probe answered: the actor may work, and the rest of its node may start."""
-        actor.is_ready, actor.barren, actor.info = True, 0, info
-        for _ in range(self._later.pop(actor.node, 0)):
-            self._launch(actor.node)
+        node = actor.node
+        actor.is_ready, actor.info, actor.file = True, info, info.get("model_path")
+        self._idle[actor] = None
+        self._barren.pop(actor.place, None)
+        if node not in self._warm:
+            self._warm.add(node)
+            self._next_look = 0.0
+        if lost := self._losses.get(node):
+            recovery_s = time.monotonic() - lost.popleft()
+            log.info("node %s has its worker back after %.1f s", node[:8], recovery_s)
+        n_kills = int(info.get("oom_kills", 0))
+        if work is not None:
+            work.learned(node, is_oom=n_kills > self._oom_kills.get(node, n_kills))
+        self._oom_kills[node] = n_kills
+        events.worker_ready(info, node)
+
+    def _count_loss(self, work: Attempts, ended: Ended) -> None:
+        """A worker ended with a task in its hands."""
+        error = ended.error
+        assert error is not None
+        if isinstance(error, TimeoutError | ConnectionError):  # ours, see `_end`
+            work.lost(ended.attempt, str(error), is_oom=False)
+        else:
+            work.lost(ended.attempt, describe(error), is_oom=True if is_out_of_memory(error) else None)
 
     def _lost(self, actor: Actor, error: BaseException) -> None:
-        """A call was lost: probe an actor that Ray restarts, replace one that it gave up."""
+        """A call was lost: probe an actor that Ray restarts, let go of one that it gave up."""
         errors = self._ray.exceptions
+        self._note_loss(actor, describe(error))
         if not isinstance(error, (errors.ActorDiedError, errors.ActorUnschedulableError)):
             self._probe(actor)
             return
-        barren = 0 if actor.is_ready else actor.barren + 1
+        if not actor.is_ready:
+            self._barren[actor.place] += 1
+            if self._barren[actor.place] >= MAX_BARREN:
+                del self._barren[actor.place]
+                self._given_up[actor.place] += 1
+                log.warning("no worker starts on node %s any more: %s", actor.node[:8], describe(error))
         self._drop(actor, error)
-        if barren >= MAX_BARREN:
-            self._later.pop(actor.node, None)
-            log.warning("no worker starts on node %s any more: %s", actor.node[:8], describe(error))
-            return
-        alive = [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]
-        load = Counter(other.node for other in self._actors)
-        if alive:
-            self._launch(
-                actor.node if actor.node in alive else min(alive, key=lambda node: load[node]), barren
-            )
 
-    def _drop(self, actor: Actor, error: BaseException) -> None:
-        self._actors.remove(actor)
+    def _end(self, actor: Actor, why: Exception) -> None:
+        """Make an end of an actor whose worker hangs or whose node is gone; its task, if any, is lost."""
+        self._note_loss(actor, str(why))
+        if actor.call is not None and actor.call[1] is not None:
+            self._ended.append(Ended(actor, actor.call[1], error=why))
+        self._drop(actor, why)
+
+    def _note_loss(self, actor: Actor, why: str) -> None:
+        if actor.is_ready:
+            events.worker_lost(actor.info, why, actor.node)
+            self._losses.setdefault(actor.node, deque()).append(time.monotonic())
+
+    def _drop(self, actor: Actor, error: BaseException | None = None) -> None:
+        """Let an actor go; the next look at the cluster is at once, and finds its place without one."""
+        del self._actors[actor]
+        self._idle.pop(actor, None)
+        if actor.call is not None:
+            del self._calls[actor.call[0]]
+            actor.call = None
         self._ray.kill(actor.handle, no_restart=True)
-        self._last_loss = error
+        self._last_loss = error or self._last_loss
+        self._next_look = 0.0
+
+
+def oom_kills() -> int:
+    """Processes that this host's kernel ended for want of memory since it started."""
+    try:
+        fields = dict(line.split() for line in VMSTAT.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(fields.get("oom_kill", 0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Ray's memory monitor ended the worker."""
+    return type(error).__name__ == "OutOfMemoryError" or "running low on memory" in str(error)

@@ -12,7 +12,7 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline import provenance, store, tables
 from pipeline.preflight import Prepared
+from pipeline.settings import logged
 from pipeline.tracking import DataInput, Tracker
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def _commit_row(ready: Prepared, summary: Mapping[str, Any], sweep_key: str | No
     Raises:
         StorageFailure: it cannot be written.
     """
-    s = ready.settings
+    s, told = ready.settings, logged(ready.settings)
     now = datetime.datetime.now(datetime.UTC)
     error = summary["error"]
     known = {name: summary[name] for name in summary.keys() & set(tables.RUNS_SCHEMA.names)}
@@ -185,13 +186,13 @@ def _commit_row(ready: Prepared, summary: Mapping[str, Any], sweep_key: str | No
         "finished_at": now,
         "error": None if error is None else error["message"],
         "sweep_key": sweep_key,
-        "model_path": s.model.path,
+        "model_path": told["model"]["path"],
         "data_name": s.data.name,
-        "data_path": s.data.path,
+        "data_path": told["data"]["path"],
         "cluster": s.cluster.kind,
         "threads": s.engine.threads,
         "batch_tokens": s.engine.batch_tokens,
-        "settings": provenance.canonical_json(asdict(s)),
+        "settings": provenance.canonical_json(told),
         **_surroundings(),
     }
     folder = store.runs_folder(Path(s.paths.results), ready.spec.run_key)
@@ -211,7 +212,7 @@ def _track(
     parent: str | None,
 ) -> str | None:
     """Log the run to MLflow."""
-    s = ready.settings
+    s, told = ready.settings, logged(ready.settings)
     tags = {key: summary[key] for key in _TAGGED} | {
         "git_sha": _surroundings()["git_sha"],
         "job": "perplexity",
@@ -224,12 +225,12 @@ def _track(
             files = [*files, Path(folder) / "windows.parquet"]
             pq.write_table(windows, files[-1], compression="zstd")
         return tracker.log_run(
-            name or f"{Path(s.model.path).stem} on {s.data.name}",
-            asdict(s),
+            name or f"{Path(told['model']['path']).stem} on {s.data.name}",
+            told,
             figures,
             tags,
             [*files, Path(ready.spec.run_dir) / "plan.json"],
-            DataInput(s.data.name, s.data.path, ready.measure["data_sha256"]),
+            DataInput(s.data.name, told["data"]["path"], ready.measure["data_sha256"]),
             complete=bool(summary["ok"]),
             started_s=began_s,
             parent=parent,

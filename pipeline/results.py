@@ -22,7 +22,13 @@ from typing import Any
 from pipeline.errors import SettingsError, StorageFailure, StoreError
 from pipeline.settings import PathsSettings, absolute, nearest
 
-TABLES = {"runs": "run-*.parquet", "windows": "shard-*.parquet", "throughput": "run-*.parquet"}
+TABLES = {
+    "runs": "run-*.parquet",
+    "windows": "shard-*.parquet",
+    "throughput": "run-*.parquet",
+    "comparisons": "run-*.parquet",
+    "tokens": "shard-*.parquet",
+}
 FORMATS = ("table", "csv", "markdown", "json")
 COLUMNS = (
     "finished_at", "model", "data_name", "protocol", "protocol_window", "n_windows",
@@ -34,16 +40,35 @@ SPEEDS = (
     "read_share", "run_key",
 )  # fmt: skip
 """The same of a benchmark's row."""
+COMPARED = (
+    "finished_at", "base_name", "name", "bytes", "bpw", "n_windows", "ppl", "ln_ratio",
+    "ln_ratio_stderr_clustered", "kld_mean", "kld_stderr_clustered", "same_top", "p_vs_next", "ok", "run_key",
+)  # fmt: skip
+"""The same of a variant's row."""
+PAIRED = (
+    "window", "document", "n_scored", "nll_base_sum", "nll_sum", "kld_sum", "kld_max", "dp_sum", "n_same_top",
+    "run_key",
+)  # fmt: skip
+"""The same of a window of a pair; the lists of its targets are many."""
 
-_USUAL = {"runs": COLUMNS, "throughput": SPEEDS}
+_USUAL = {"runs": COLUMNS, "throughput": SPEEDS, "comparisons": COMPARED, "tokens": PAIRED}
+_LATEST_OF = {"runs": "run_key", "comparisons": "run_key, pair_key"}
 _VERSION = "v1"
 _CHOSEN = {  # times as UTC without a zone: DuckDB's zones are an extension that it would download
     "runs": "* replace (make_timestamp(epoch_us(finished_at::timestamptz)) as finished_at), "
     "parse_filename(model_path, true) as model",
     "windows": "*",
     "throughput": "* replace (make_timestamp(epoch_us(measured_at::timestamptz)) as measured_at)",
+    "comparisons": "* replace (make_timestamp(epoch_us(finished_at::timestamptz)) as finished_at)",
+    "tokens": "*",
 }
-_IN_ORDER = {"runs": [], "windows": ['"window"'], "throughput": ["measured_at desc"]}  # of one run
+_IN_ORDER = {  # of one run
+    "runs": [],
+    "windows": ['"window"'],
+    "throughput": ["measured_at desc"],
+    "comparisons": ["finished_at desc", '"bytes" desc'],
+    "tokens": ['"window"'],
+}
 
 
 @dataclass
@@ -51,7 +76,7 @@ class Selection:
     """Which rows and columns, in which order and form.
 
     Attributes:
-        table: runs, windows or throughput.
+        table: runs, windows, throughput, comparisons or tokens.
         filter: column -> value, list of values, or text with `*` for any characters.
         where: an SQL condition on the columns.
         latest: of several rows of one run, the last complete one only.
@@ -197,9 +222,10 @@ class Store:
         if s.where:
             conditions.append(f"({s.where}\n)")
         chosen = f"select * from {self._table} where {' and '.join(conditions) or 'true'}"
-        if s.latest and self._table == "runs":
+        if s.latest and self._table in _LATEST_OF:
             chosen += (
-                " qualify row_number() over (partition by run_key order by ok desc, finished_at desc) = 1"
+                f" qualify row_number() over (partition by {_LATEST_OF[self._table]}"
+                " order by ok desc, finished_at desc) = 1"
             )
         order = [f'"{sort}" {"desc" if str(s.sort).startswith("-") else "asc"} nulls last'] if sort else []
         order += ["run_key", *_IN_ORDER[self._table]]

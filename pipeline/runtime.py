@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline import events
+
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
-CARRIED = ("NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "PAGEMILL_DEBUG")
+CARRIED = ("NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "PAGEMILL_DEBUG", "PAGEMILL_LOG")
 """Variables of the driver that workers on other machines get too, where they are set."""
 
+log = logging.getLogger(__name__)
 _CHATTY = ("alembic", "mlflow", "ray", "filelock", "urllib3", "git")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -76,9 +79,22 @@ def prepare_remote_ray() -> None:
     """Set what joining an existing cluster needs before `import ray`: silence, an authentication mode."""
     _silence_ray()
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # of 20: seconds until a wrong token is refused
+    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    has_token = has_token or (Path.home() / ".ray" / "auth_token").exists()
+    has_token = has_token or token_file.exists()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
+        _warn_of_readers(token_file)
+
+
+def _warn_of_readers(token_file: Path) -> None:
+    """Whoever reads the token can run code on the cluster as its user; Ray writes it for all to read."""
+    try:
+        mode = token_file.stat().st_mode & 0o777
+    except OSError:
+        return  # Ray says what it thinks of that
+    if mode & 0o077:
+        log.warning("%s can be read by others (mode %o): chmod 600 %s", token_file, mode, token_file)
 
 
 def _silence_ray() -> None:
@@ -105,12 +121,17 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
 def setup_logging() -> None:
     """Send every record of this process to standard error, all of them if `PAGEMILL_DEBUG=1`.
 
-    Called by the driver and by each worker; calling it again changes nothing. Libraries speak from WARNING
-    on.
+    As lines for people, or as JSON lines if `PAGEMILL_LOG=json` (pipeline/events.py). Called by the driver
+    and by each worker; calling it again changes nothing. Libraries speak from WARNING on.
     """
     debug = os.environ.get("PAGEMILL_DEBUG") == "1"
     handler = _StandardError()
-    handler.setFormatter(logging.Formatter(LOG_FORMAT, datefmt="%H:%M:%S"))
+    if events.wants_json():
+        handler.setFormatter(events.JsonLines())
+    else:
+        handler.setFormatter(events.Redacting(LOG_FORMAT, datefmt="%H:%M:%S"))
+        if sys.stderr.isatty() and not debug:
+            handler.addFilter(events.is_for_lines)
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in _CHATTY:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,47 +13,53 @@ from pipeline.errors import ScoreError
 from pipeline.windows import batches
 
 if TYPE_CHECKING:
-    from pipeline.windows import CacheShape, Window
+    from pipeline.windows import Window
 
 Scores = npt.NDArray[np.float64]
+Decode = Callable[["engine.Batch", Any], Scores]
+"""Batch and cache -> (..., n_scored), such as `engine.Model.nll`."""
 
 
 class Scorer:
     """Scores windows in their order, with a cache of its own.
+
+    Args:
+        decode: scores a batch with the cache.
+        cache: of `n_slots` sequences.
 
     Attributes:
         slot: of the cache, where the last window's sequence is; a window that does not begin anew goes on
             there.
     """
 
-    def __init__(self, model: engine.Model, shape: CacheShape, kv: str, batch_tokens: int) -> None:
-        self.cache = model.new_cache(shape.n_slots, shape.capacity, kv, fleeting=shape.fleeting)
+    def __init__(self, decode: Decode, cache: Any, n_slots: int, batch_tokens: int) -> None:
+        self.cache = cache
         self.slot = 0
-        self._model, self._n_slots, self._batch_tokens = model, shape.n_slots, batch_tokens
+        self._score, self._n_slots, self._batch_tokens = decode, n_slots, batch_tokens
 
     def scores(self, windows: Sequence[Window]) -> list[Scores]:
-        """(n_scored,) float64 per window.
+        """(..., n_scored) float64 per window.
 
         Raises:
             ScoreError: the engine returned another number of scores.
         """
         calls = batches(windows, self._batch_tokens, self._n_slots)
-        return [nll for call in calls for nll in self._call(call)]
+        return [found for call in calls for found in self._call(call)]
 
     def _call(self, windows: Sequence[Window]) -> list[Scores]:
         slots = self._place(windows)
-        nll = self._decode(
+        found = self._decode(
             np.concatenate([window.tokens for window in windows]),
             np.concatenate([np.arange(w.tokens.size, dtype=np.int32) + w.position for w in windows]),
             np.repeat(np.array(slots, np.int32), [window.tokens.size for window in windows]),
             np.concatenate([window.targets for window in windows]),
         )
         ends = np.cumsum([np.count_nonzero(window.targets >= 0) for window in windows])
-        if nll.size != ends[-1]:
+        if found.shape[-1] != ends[-1]:
             raise ScoreError(
-                f"the engine returned {nll.size} scores, expected {ends[-1]}; this is a bug of ours"
+                f"the engine returned {found.shape[-1]} scores, expected {ends[-1]}; this is a bug of ours"
             )
-        return np.split(nll, ends[:-1])
+        return np.split(found, ends[:-1], axis=-1)
 
     def _place(self, windows: Sequence[Window]) -> list[int]:
         """A slot for each window: a new one where it begins anew, else that of the window before it."""
@@ -74,7 +80,5 @@ class Scorer:
         pieces = []
         for at in range(0, columns[0].size, self._batch_tokens):
             tokens, positions, slots, targets = (column[at : at + self._batch_tokens] for column in columns)
-            pieces.append(
-                self._model.nll(engine.Batch(tokens, positions, slots, targets=targets), self.cache)
-            )
-        return np.concatenate(pieces)
+            pieces.append(self._score(engine.Batch(tokens, positions, slots, targets=targets), self.cache))
+        return np.concatenate(pieces, axis=-1)

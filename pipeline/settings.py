@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,24 @@ KV_TYPES = ("f32", "f16")
 ACTIVATIONS = ("f32", "int8")
 LOAD_MODES = ("mmap", "populate", "mlock", "copy", "prefetch")
 CLUSTER_KINDS = ("inline", "local", "ray")
+NUMA_STRATEGIES = ("none", "distribute", "isolate", "numactl", "mirror")
 TRACKING_KINDS = ("none", "local", "server")
 ON_BAD_POINT = ("refuse", "skip")
 CONVERT_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 PYTHON_SOURCE = "python:"
 """A data path that starts so names a text inside an installed Python package, not a file."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
+_SEVERAL = re.compile(r", (?=[A-Za-z][A-Za-z0-9+.-]*(?:://|::))")
+_SECRETS = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
 @dataclass
 class ModelSettings:
-    """The GGUF file."""
+    """The GGUF file, by path or URL, optionally pinned by its SHA-256, as the JSON has it."""
 
     path: str = MISSING
+    sha256: str | None = None
 
 
 @dataclass
@@ -88,13 +93,17 @@ class EngineSettings:
 
 @dataclass
 class ClusterSettings:
-    """Where the workers live. Null workers: as many as the cores allow. Null threads: `engine.threads`."""
+    """Where the workers live. Null workers: what cores and memory allow. Null threads: `engine.threads`.
+
+    `numa` is how a host's workers are laid out over its NUMA nodes (pipeline/cpu_sets.py).
+    """
 
     kind: str = "local"
     workers: int | None = None
     threads_per_worker: int | None = None
     windows_per_shard: int = 4
     address: str | None = None
+    numa: str = "none"
 
 
 @dataclass
@@ -108,10 +117,32 @@ class TrackingSettings:
 
 @dataclass
 class PathsSettings:
-    """Where tables go, and where tokens and digests are kept between runs."""
+    """Where tables go, and where tokens, digests and what was fetched are kept between runs.
+
+    `cache_limit` is of what was fetched: "200GB", "64GiB" or bytes; null is none.
+    """
 
     results: str = "results"
     cache: str = "~/.cache/pagemill"
+    cache_limit: str | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """`cache_limit` in bytes.
+
+        Raises:
+            SettingsError: it is no size.
+        """
+        if self.cache_limit is None:
+            return None
+        size = _SIZE.fullmatch(self.cache_limit.strip())
+        if size is None:
+            raise SettingsError(
+                f"paths.cache_limit={self.cache_limit} is no size; expected for example 200GB or 64GiB",
+                "leave it out for no limit",
+            )
+        number, prefix, binary = size.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 @dataclass
@@ -229,6 +260,28 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def shown(path: str) -> str:
+    """A path, or several with commas between, as it may be logged: no user, password or query in a URL.
+
+    Queries of signed URLs are keys to what they name.
+    """
+    return ", ".join(
+        "::".join(_SECRETS.sub("", part) for part in one.split("::")) if is_url(one) else one
+        for one in _SEVERAL.split(path)
+    )
+
+
+def logged(value: Any) -> Any:
+    """Settings, or a part of them, as they may be logged: dataclasses as dicts, every path as `shown`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {part.name: logged(getattr(value, part.name)) for part in fields(value)}
+    if isinstance(value, dict):
+        return {key: logged(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [logged(part) for part in value]
+    return shown(value) if isinstance(value, str) else value
+
+
 def _resolved_data(data: DataSettings, protocol: ProtocolSettings) -> DataSettings:
     """Paths absolute; `path` names several files as well; documents joined or apart, said."""
     files = [absolute(file) for file in data.files]
@@ -285,12 +338,14 @@ def _names(s: PerplexitySettings) -> list[str]:
         ("engine.activations", s.engine.activations, ACTIVATIONS),
         ("engine.load", s.engine.load, LOAD_MODES),
         ("cluster.kind", s.cluster.kind, CLUSTER_KINDS),
+        ("cluster.numa", s.cluster.numa, NUMA_STRATEGIES),
         ("tracking.kind", s.tracking.kind, TRACKING_KINDS),
         ("on_bad_point", s.on_bad_point, ON_BAD_POINT),
     ]
     problems = unknown(named)
-    if s.data.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", s.data.sha256):
-        problems.append(f"data.sha256={s.data.sha256} is not a SHA-256; expected 64 hexadecimal digits")
+    for key, digest in (("data.sha256", s.data.sha256), ("model.sha256", s.model.sha256)):
+        if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+            problems.append(f"{key}={digest} is not a SHA-256; expected 64 hexadecimal digits")
     return problems
 
 
@@ -306,7 +361,12 @@ def _numbers(s: PerplexitySettings) -> list[str]:
         ("cluster.windows_per_shard", s.cluster.windows_per_shard, 1, ""),
         ("seed", s.seed, 0, ""),
     ]
-    return too_small(floors)
+    problems = too_small(floors)
+    try:
+        _ = s.paths.limit_bytes
+    except SettingsError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _contradictions(s: PerplexitySettings) -> list[str]:
@@ -314,6 +374,11 @@ def _contradictions(s: PerplexitySettings) -> list[str]:
     if s.tracking.kind == "server" and not (s.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         problems.append(
             "tracking=server needs tracking.uri=http://HOST:PORT (or MLFLOW_TRACKING_URI in the environment)"
+        )
+    if s.cluster.numa == "mirror" and s.engine.load in ("copy", "mlock"):
+        problems.append(
+            f"cluster.numa=mirror and engine.load={s.engine.load}: a mirror is in memory, and pages that a "
+            "worker copies are its NUMA node's already; use one of them"
         )
     return problems + _data_contradictions(s.data, s.protocol)
 
@@ -357,4 +422,6 @@ def _warnings(s: PerplexitySettings) -> list[str]:
         )
     if s.cluster.kind == "inline" and (s.cluster.workers or 1) > 1:
         warnings.append(f"cluster.workers={s.cluster.workers} is ignored: cluster.kind=inline has one worker")
+    if s.cluster.kind == "inline" and s.cluster.numa != "none":
+        warnings.append(f"cluster.numa={s.cluster.numa} is ignored: cluster.kind=inline has one worker")
     return warnings

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from pipeline import fetch
 from pipeline.errors import DataError
-from pipeline.settings import PYTHON_SOURCE, DataSettings, is_url
+from pipeline.node_cache import local_copy
+from pipeline.settings import PYTHON_SOURCE, DataSettings, is_url, shown
 
 _MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -33,21 +34,25 @@ _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 @dataclass(frozen=True)
 class Source:
-    """One file: `name` as given, its bytes out of any compression, and where a fetched one is kept."""
+    """One file: `name` as given but for secrets, its bytes out of any compression, where a fetched one is."""
 
     name: str
     raw: bytes
     kept: Path | None = None
 
 
-def read_sources(settings: DataSettings, cache: Path) -> list[Source]:
+def read_sources(settings: DataSettings, cache: Path, cache_limit: int | None = None) -> list[Source]:
     """All files of a data set, at least one; URLs are fetched into `cache`.
+
+    Args:
+        cache_limit: bytes that all that was fetched may take, None for no limit.
 
     Raises:
         DataError: missing, unreadable or empty file; a pattern that matches nothing; broken compression.
+        StoreError: the cache cannot be written, or has no room.
     """
     names = settings.files or [settings.path]
-    return [_read(name, cache) for given in names for name in _expanded(given)]
+    return [_read(name, cache, cache_limit) for given in names for name in _expanded(given)]
 
 
 def digest_of(sources: Sequence[Source]) -> str:
@@ -72,9 +77,16 @@ def _expanded(path: str) -> list[str]:
     return found
 
 
-def _read(name: str, cache: Path) -> Source:
-    kept = fetch.fetch(name, cache) if is_url(name) else None
-    raw = _packaged_text(name) if name.startswith(PYTHON_SOURCE) else _bytes_of(str(kept or name))
+def _read(name: str, cache: Path, cache_limit: int | None) -> Source:
+    kept = None
+    if name.startswith(PYTHON_SOURCE):
+        raw = _packaged_text(name)
+    elif is_url(name):
+        with local_copy(name, None, cache, cache_limit) as copy:
+            kept, name = copy.path, shown(name)
+            raw = _bytes_of(str(kept))
+    else:
+        raw = _bytes_of(name)
     if not raw.strip():
         size = "is empty" if not raw else f"holds nothing but {len(raw):,} bytes of white space"
         raise DataError(f"{name}: the data {size}", "data.path must name a text with words in it")

@@ -4,6 +4,8 @@
                                                /shard-<first window>.parquet
                 /table=runs/run_key=<16 hex>/run-<UTC time>.parquet
                 /table=throughput/run_key=<16 hex>/run-<UTC time>.parquet
+                /table=tokens/run_key=<16 hex>/plan.json, shard-<first window>.parquet
+                /table=comparisons/run_key=<16 hex>/run-<UTC time>.parquet, report.html
 
 A file is written under a name that begins with a dot, flushed to the disk, and linked to its own name:
 whoever links first wins, the other's copy is dropped, and what is published never changes. So a finished
@@ -46,9 +48,33 @@ class Finished:
     remarks: list[str]
 
 
+@dataclass(frozen=True)
+class ShardTable:
+    """A table that runs leave in shards.
+
+    Attributes:
+        holds: whether the rows of a shard's file, whose columns it has to know, are those of its windows.
+    """
+
+    name: str
+    holds: Callable[[pa.Table, Shard], bool]
+
+    def folder(self, results: Path, run_key: str) -> Path:
+        """Folder of a run's shards."""
+        return results / f"v{SCHEMA_VERSION}" / f"table={self.name}" / f"run_key={run_key}"
+
+
+def _has_its_windows(table: pa.Table, shard: Shard) -> bool:
+    return bool(table.column("window").to_pylist() == list(range(shard.first_window, shard.end)))
+
+
+WINDOWS = ShardTable("windows", _has_its_windows)
+"""The usual one; another table may have rows by window too."""
+
+
 def windows_folder(results: Path, run_key: str) -> Path:
     """Folder of a run's shards."""
-    return results / f"v{SCHEMA_VERSION}" / "table=windows" / f"run_key={run_key}"
+    return WINDOWS.folder(results, run_key)
 
 
 def runs_folder(results: Path, run_key: str) -> Path:
@@ -59,6 +85,16 @@ def runs_folder(results: Path, run_key: str) -> Path:
 def throughput_folder(results: Path, run_key: str) -> Path:
     """Folder of a benchmark's rows."""
     return results / f"v{SCHEMA_VERSION}" / "table=throughput" / f"run_key={run_key}"
+
+
+def tokens_folder(results: Path, pair_key: str) -> Path:
+    """Folder of the shards of a pair, a base and one variant."""
+    return results / f"v{SCHEMA_VERSION}" / "table=tokens" / f"run_key={pair_key}"
+
+
+def comparison_folder(results: Path, run_key: str) -> Path:
+    """Folder of a comparison's rows and its report."""
+    return results / f"v{SCHEMA_VERSION}" / "table=comparisons" / f"run_key={run_key}"
 
 
 def probe(folder: Path, key: str) -> None:
@@ -174,7 +210,9 @@ def read_plan(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(found)
 
 
-def finished_shards(folder: Path, shards: Sequence[Shard], run_key: str) -> Finished:
+def finished_shards(
+    folder: Path, shards: Sequence[Shard], run_key: str, table: ShardTable = WINDOWS
+) -> Finished:
     """Open every file of a run's folder and say which shards are finished.
 
     Raises:
@@ -196,7 +234,7 @@ def finished_shards(folder: Path, shards: Sequence[Shard], run_key: str) -> Fini
         shard = None if first is None else by_first.get(first)
         if shard is None:
             remarks.append(f"{folder / name}: not a file of this run; left alone and not counted")
-        elif fault := _fault(folder / name, shard, run_key):
+        elif fault := _fault(folder / name, shard, run_key, table):
             aside = folder / f".{name}.broken-{uuid.uuid4().hex[:8]}"
             (folder / name).rename(aside)
             remarks.append(f"{folder / name}: {fault}; moved to {aside.name} and not counted")
@@ -205,17 +243,25 @@ def finished_shards(folder: Path, shards: Sequence[Shard], run_key: str) -> Fini
     return Finished(paths, remarks)
 
 
-def read_windows(paths: Mapping[Shard, Path]) -> pa.Table:
+def read_windows(
+    paths: Mapping[Shard, Path], schema: pa.Schema = WINDOWS_SCHEMA, columns: Sequence[str] | None = None
+) -> pa.Table:
     """The rows of finished shards in window order.
+
+    Args:
+        schema: of their table.
+        columns: None for all.
 
     Raises:
         StorageFailure: a file cannot be read back.
     """
     try:
-        tables = [pq.read_table(paths[shard], partitioning=None) for shard in sorted(paths)]
+        names = list(schema.names if columns is None else columns)
+        chosen = None if columns is None else names
+        tables = [pq.read_table(paths[shard], columns=chosen, partitioning=None) for shard in sorted(paths)]
         # The empty table brings columns that were added since a file was written; they are null there.
-        whole = pa.concat_tables([WINDOWS_SCHEMA.empty_table(), *tables], promote_options="default")
-        return whole.select(WINDOWS_SCHEMA.names)
+        empty = schema.empty_table().select(names)
+        return pa.concat_tables([empty, *tables], promote_options="default").select(names)
     except (OSError, pa.ArrowException, KeyError) as error:
         raise StorageFailure(
             f"a finished shard cannot be read back: {error}", "run the same command again"
@@ -227,12 +273,12 @@ def shard_meta(shard: Shard, run_key: str) -> dict[str, Any]:
     return {"run_key": run_key, "first_window": shard.first_window, "n_windows": shard.n_windows}
 
 
-def _fault(path: Path, shard: Shard, run_key: str) -> str | None:
+def _fault(path: Path, shard: Shard, run_key: str, of: ShardTable) -> str | None:
     """Why a file with a shard's name is not that shard, None when it is."""
     try:
         table = pq.read_table(path, partitioning=None)
         meta = json.loads((table.schema.metadata or {}).get(_META, b"null"))
-        windows = table.column("window").to_pylist()
+        is_whole = of.holds(table, shard)
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         return f"is broken ({str(error).splitlines()[0]})"
     except OSError as error:
@@ -243,7 +289,7 @@ def _fault(path: Path, shard: Shard, run_key: str) -> str | None:
         ) from error
     if meta != shard_meta(shard, run_key):
         return "is another run's or another plan's"
-    if windows != list(range(shard.first_window, shard.first_window + shard.n_windows)):
+    if not is_whole:
         return "has other windows than its name says"
     return None
 

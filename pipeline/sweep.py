@@ -21,10 +21,9 @@ from pipeline import RunResult, perplexity, provenance
 from pipeline.errors import PipelineError, RefusedError, SettingsError
 from pipeline.estimate import Estimator
 from pipeline.perplexity import Scoring
-from pipeline.preflight import Preflight, Prepared
+from pipeline.preflight import NotFetched, Preflight, Prepared
 from pipeline.record import Journal, Parent
 from pipeline.settings import PerplexitySettings, nearest
-from pipeline.shards import n_abreast
 from pipeline.tracking import open_tracker
 
 if TYPE_CHECKING:
@@ -69,6 +68,9 @@ def run(points: Sequence[Point], progress: Progress | None) -> RunResult:
     with Preflight() as preflight:
         runs = _checked(points, preflight)
         bad = [point for point in points if point.error is not None]
+        if any(isinstance(point.error, NotFetched) for point in bad):
+            summary = _unfetched(points) | {"wall_s": time.perf_counter() - clock}
+            return RunResult(summary, summary["warnings"], common.paths.results, 0)
         if bad and (common.on_bad_point == "refuse" or not runs):
             raise _refused(bad, len(points))
         _check_sort(common.sort, runs)
@@ -154,20 +156,31 @@ def _computed(
 def _planned(runs: Sequence[Point]) -> dict[str, Any]:
     """A dry run's answer: every point with what it takes; nothing is started."""
     ready = [_ready(point) for point in runs]
-    cluster = perplexity.no_idle_workers(ready[0].settings, sum(n_abreast(r.todo) for r in ready))
-    n_workers = 1 if cluster.kind == "inline" else cluster.workers
-    estimator = Estimator(ready[0].settings)
-    plans = [estimator.plan(r, n_workers or 1) for r in ready]
+    common, plans = perplexity.dry_plan(ready, Estimator(ready[0].settings))
     told = [
-        _told(point, perplexity.planned(_ready(point)) | {"n_workers": n_workers} | plan)
+        _told(point, perplexity.planned(_ready(point)) | {"n_workers": common["n_workers"]} | plan)
         for point, plan in zip(runs, plans, strict=True)
     ]
-    return {
-        "dry_run": True,
-        "n_workers": n_workers,
-        "estimated_s": sum(plan["estimated_s"] for plan in plans),
-        "estimated_from": list(dict.fromkeys(plan["estimated_from"] for plan in plans)),
-        "memory_bytes": max(plan["model_bytes"] + (n_workers or 1) * plan["worker_bytes"] for plan in plans),
+    return {"dry_run": True, **common, "points": told}
+
+
+def _unfetched(points: Sequence[Point]) -> dict[str, Any]:
+    """A dry run's answer where models would have to be fetched first."""
+    missing: dict[str, NotFetched] = {}
+    told = []
+    for point in points:
+        known = {"point": point.axes, "name": point.name, "ok": True, "fetch_bytes": 0}
+        if isinstance(point.error, NotFetched):
+            missing[str(point.error)] = point.error
+            known["fetch_bytes"] = point.error.n_bytes
+        elif point.error is not None:
+            known |= perplexity.told(point.error)
+        told.append(known)
+    sizes = [error.n_bytes for error in missing.values()]
+    first = next(iter(missing.values()))
+    return perplexity.unfetched(first) | {
+        "warnings": list(missing),
+        "fetch_bytes": None if None in sizes else sum(size or 0 for size in sizes),
         "points": told,
     }
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.compare.settings import FIGURES
+from pipeline.redact import redacted
+
 SCHEMA_VERSION = 1
 
 _IDENTITY = {
@@ -34,6 +37,7 @@ _IDENTITY = {
     "activation_type": (pa.string(), "number type of the activations"),
     "numerics": (pa.int64(), "engine.NUMERICS"),
 }
+_SUBJECT = ("subject_key", "model_sha256", "adapters", "kv_type", "activation_type", "numerics")
 _MACHINE = {
     "version": (pa.string(), "version of pagemill"),
     "cpu": (pa.string(), "processor"),
@@ -159,6 +163,112 @@ _THROUGHPUT = {
     "settings": (pa.string(), "JSON, resolved"),
 }
 
+_PAIRS = {
+    **{name: field for name, field in _IDENTITY.items() if name not in _SUBJECT},
+    **{
+        f"{side}_{name}": (_IDENTITY[name][0], f"{_IDENTITY[name][1]}, {side}")
+        for side in ("base", "variant")
+        for name in _SUBJECT
+    },
+    "variant_swapped_from": (pa.string(), "SHA-256 of the file whose tensors are in the base's places"),
+    "variant_swapped_names": (pa.string(), "SHA-256 of their names, sorted, a line each; null: none"),
+    "base_format": (pa.string(), "of a base that is no model but its logits in a file; null: the model"),
+}
+_SQUARED = "nats^2"
+_TOKENS = {
+    "window": (pa.int64(), "rank of the window in the run"),
+    "document": (pa.int64(), "rank of the document that holds the window's first token"),
+    "first_token": (pa.int64(), "place in the token stream of the window's first token"),
+    "first_scored": (pa.int64(), "place in the token stream of the first scored target"),
+    "distance": (pa.int64(), "tokens of its document before the window; null: windows begin anew"),
+    "n_tokens": (pa.int64(), "tokens read"),
+    "n_scored": (pa.int64(), "tokens"),
+    "n_bytes": (pa.int64(), "bytes of the scored tokens' text"),
+    "n_words": (pa.int64(), "words that begin in the scored tokens, as the protocol counts them"),
+    "nll_base_sum": (pa.float64(), "nats"),
+    "nll_sum": (pa.float64(), "nats"),
+    "nll_base_sq_sum": (pa.float64(), _SQUARED),
+    "nll_sq_sum": (pa.float64(), _SQUARED),
+    "nll_cross_sum": (pa.float64(), _SQUARED),
+    "kld_sum": (pa.float64(), "nats, of the divergences of base from variant over the whole vocabulary"),
+    "kld_sq_sum": (pa.float64(), _SQUARED),
+    "kld_max": (pa.float64(), "nats"),
+    "kld_min": (pa.float64(), "nats"),
+    "dp_sum": (pa.float64(), "of dp, the target's probability by the variant less that by the base"),
+    "dp_sq_sum": (pa.float64(), "of dp^2"),
+    "dp_quad_sum": (pa.float64(), "of dp^4"),
+    "dp_max": (pa.float64(), "of dp"),
+    "dp_min": (pa.float64(), "of dp"),
+    "n_same_top": (pa.int64(), "targets where both find the same token the most likely"),
+    "nll_base": (pa.list_(pa.float64()), "nats of each target in order; null: keep_tokens=false"),
+    "nll": (pa.list_(pa.float64()), "nats of each target in order; null: keep_tokens=false"),
+    "kld": (pa.list_(pa.float32()), "nats of each target in order; null: keep_tokens=false"),
+    "top_base": (pa.list_(pa.int32()), "most likely token of each target's place; null: keep_tokens=false"),
+    "top": (pa.list_(pa.int32()), "most likely token of each target's place; null: keep_tokens=false"),
+    **{
+        f"{name}_{part}": (pa.list_(pa.int32()), f"{what}; null: tokens are kept")
+        for name, of in (("kld", "kld"), ("dp", "dp"), ("nll_diff", "|nll - nll_base|"))
+        for part, what in (
+            ("keys", f"bins of {of} in rising order: upper 16 bits of a float32"),
+            ("counts", f"targets in each bin of {of}"),
+        )
+    },
+    "shard": (pa.int64(), "first window of the shard"),
+    "worker": (pa.string(), "host and process"),
+    "host": (pa.string(), "host name"),
+}
+
+_IMATRIX = {
+    "names": (pa.list_(pa.string()), "weight matrices that are multiplied with one input"),
+    "columns": (pa.int64(), "columns of those matrices"),
+    "n_tokens": (pa.int64(), "tokens of the shard's windows"),
+    "limbs": (
+        pa.list_(pa.int64()),
+        "squares of the input summed over tokens: l0, l1, l2 of each column, l0 + l1 2^-44 + l2 2^-88",
+    ),
+    "statistic": (pa.string(), "imatrix"),
+    "shard": (pa.int64(), "first window of the shard"),
+    "worker": (pa.string(), "host and process"),
+    "host": (pa.string(), "host name"),
+}
+
+_COMPARISONS = {
+    "finished_at": (pa.timestamp("ns", tz="UTC"), "UTC"),
+    "ok": (pa.bool_(), "all shards finished, all limits kept"),
+    "exit_code": (pa.int64(), "0 done, 1 a limit is broken, 3 incomplete"),
+    "error": (pa.string(), "what is broken or missing"),
+    "name": (pa.string(), "of the variant"),
+    "type": (pa.string(), "file type of the variant, as llama.cpp calls it"),
+    "bytes": (pa.int64(), "bytes of the variant's file"),
+    "bpw": (pa.float64(), "bits per weight of the variant"),
+    "variant_path": (pa.string(), "path"),
+    "base_name": (pa.string(), "of the base"),
+    "base_path": (pa.string(), "path"),
+    "base_bytes": (pa.int64(), "bytes of the base's file"),
+    "data_name": (pa.string(), "name of the data set"),
+    "data_path": (pa.string(), "path or Python module"),
+    "pair_key": (pa.string(), "run_key in table=tokens"),
+    "n_windows": (pa.int64(), "windows that the figures are of"),
+    "n_scored": (pa.int64(), "tokens scored"),
+    **{name: (pa.float64(), "see pipeline/compare/statistics.py") for name in FIGURES},
+    "p_vs_next": (pa.float64(), "of a difference to the next smaller variant, Holm; null: the smallest"),
+    "stopped": (pa.bool_(), "windows were left out, since all neighbours were told apart"),
+    "decided_at": (
+        pa.int64(),
+        "windows that told it from the next smaller variant; null: not asked, or never",
+    ),
+    "nll_sha256": (pa.string(), "SHA-256 of nll_sum in window order"),
+    "kld_sha256": (pa.string(), "SHA-256 of kld_sum in window order"),
+    "wall_s": (pa.float64(), "seconds, of the whole comparison"),
+    "tok_per_s": (pa.float64(), "tokens per second, over all models"),
+    "overhead": (pa.float64(), "wall time over that of separate perplexities, estimated; null: unknown"),
+    "n_workers": (pa.int64(), "processes that scored in this run"),
+    "host": (pa.string(), "host name of the driver"),
+    "git_sha": (pa.string(), "commit of the checkout"),
+    "versions": (pa.string(), "JSON"),
+    "settings": (pa.string(), "JSON, resolved"),
+}
+
 
 def _schema(*groups: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
     fields = [
@@ -178,9 +288,18 @@ RUNS_SCHEMA = _schema(_RUNS, _IDENTITY, _MACHINE)
 THROUGHPUT_SCHEMA = _schema(_THROUGHPUT)
 """`table=throughput`: a row per engine, model and test of a benchmark."""
 
+TOKENS_SCHEMA = _schema(_TOKENS, _PAIRS, _MACHINE)
+"""`table=tokens`: a row per window of a pair, a base and one variant."""
+
+IMATRIX_SCHEMA = _schema(_IMATRIX, _IDENTITY, _MACHINE)
+"""`table=imatrix`: a row per input that weight matrices share, of a shard's windows."""
+
+COMPARISONS_SCHEMA = _schema(_COMPARISONS, _PAIRS, _MACHINE)
+"""`table=comparisons`: a row per variant of a comparison that ended, complete or not."""
+
 
 def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows -> a table of that schema; a column that a row does not have is null.
+    """Rows -> a table of that schema; a column that a row does not have is null, and secrets are left out.
 
     Raises:
         ValueError: a row has a column that the schema does not.
@@ -188,5 +307,10 @@ def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     for row in rows:
         if unknown := row.keys() - set(schema.names):
             raise ValueError(f"columns that are not in the schema: {', '.join(sorted(unknown))}")
-    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+    columns = [pa.array([_kept(row.get(field.name)) for row in rows], field.type) for field in schema]
     return pa.table(columns, schema=schema)
+
+
+def _kept(value: Any) -> Any:
+    """A text without secrets; lists are of numbers."""
+    return redacted(value) if isinstance(value, str) else value

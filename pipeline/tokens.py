@@ -25,6 +25,7 @@ import inspect
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,31 @@ def token_stream(text: Text, tokenizer: engine.Tokenizer, cache: Path) -> TokenS
     if text.documents:
         parts += ["apart", list(text.weights)]
         parts += [hashlib.sha256(document.encode()).hexdigest() for document in text.documents]
+    return _kept(parts, cache, lambda: _tokenize(text, tokenizer))
+
+
+def stream_of_ids(ids: Ids, tokenizer: engine.Tokenizer, cache: Path) -> TokenStream:
+    """The stream of a text of which its ids, (n,) int32, are all that is known.
+
+    Raises:
+        StoreError: the cache folder cannot be written.
+    """
+
+    def make() -> tuple[Ids, Ids, npt.NDArray[np.void]]:
+        pieces = np.zeros(1, PIECE)
+        pieces["n_special"] = int(tokenizer.add_bos and ids[0] == tokenizer.bos_id)
+        pieces["weight"] = np.nan
+        text = tokenizer.decode(ids)
+        pieces["n_blank_ends"] = text[:1].isspace() + text[-1:].isspace()
+        return ids, count(ids, tokenizer), pieces
+
+    return _kept(["ids", tokens_sha256(ids), tokenizer.sha256, _tokenizer_code(tokenizer)], cache, make)
+
+
+def _kept(
+    parts: list[Any], cache: Path, make: Callable[[], tuple[Ids, Ids, npt.NDArray[np.void]]]
+) -> TokenStream:
+    """The stream with that key's parts from the cache, where it is put when it is not there."""
     key = hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
     tokens_path, counts_path = cache / "tokens" / f"{key}.tokens.npy", cache / "tokens" / f"{key}.counts.npy"
     try:
@@ -147,7 +173,7 @@ def token_stream(text: Text, tokenizer: engine.Tokenizer, cache: Path) -> TokenS
         pass
     except (OSError, ValueError) as error:
         log.warning("%s cannot be used (%s): tokenizing again", tokens_path, error)
-    tokens, counts, pieces = _tokenize(text, tokenizer)
+    tokens, counts, pieces = make()
     try:
         _write(counts_path, counts)
         _write(_pieces_path(tokens_path), pieces)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from pipeline.reachable import unreachable
+from pipeline.redact import redacted
 from pipeline.settings import TrackingSettings
 
 LOG_TIMEOUT_S = 120.0
@@ -225,7 +226,7 @@ class MlflowTracker:
             parent=parent,
             started_ms=int((time.time() if started_s is None else started_s) * 1000),
         )
-        said = self._ask({"log": asdict(record)})
+        said = self._ask({"log": redacted(asdict(record))})
         if parent is None and not stays_open:
             self._dismiss()
         return said.get("run_id")

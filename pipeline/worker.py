@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ScoreError
+from pipeline import node_cache
+from pipeline.errors import ModelError, ScoreError
+from pipeline.node_cache import Copy, Wanted
 from pipeline.settings import EngineSettings, ProtocolSettings
 from pipeline.shards import Shard
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     import engine
+    from pipeline.scoring import Decode
     from pipeline.windows import Window
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ class WorkerSpec:
         run_dir: folder of the run's shards.
         cache_dir: `paths.cache`, for the model's digest and the lock of the first compilation.
         columns: identity columns, the same in every row.
+        wanted: the model, where each node fetches it; `model_path` then is the URL without its secrets.
+        following: the next run's model, to be fetched while this one is scored.
     """
 
     run_key: str
@@ -57,6 +62,8 @@ class WorkerSpec:
     run_dir: str
     cache_dir: str
     columns: Mapping[str, str | int | None] = field(default_factory=dict)
+    wanted: Wanted | None = None
+    following: Wanted | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class EvalWorker:
         self.name = f"{self.host}:{os.getpid()}"
         self.cpu = cpu_model()
         self.file: engine.GGUFFile | None = None
+        self.copy: Copy | None = None
         self.spec = spec
         self.turn_to(spec)
 
@@ -110,34 +118,41 @@ class EvalWorker:
         else:
             if self.file is not None:
                 self.close()
-            self._open(spec)
+            try:
+                self._open(spec)
+            except BaseException:
+                self.close()
+                raise
         try:
             self._read(spec)
         except BaseException:
             self.close()
             raise
         self.spec = spec
+        if spec.following is not None:
+            node_cache.prefetch(spec.following, Path(spec.cache_dir))
 
     def _open(self, spec: WorkerSpec) -> None:
         """Map the model and make ready what computes with it."""
+        cache = Path(spec.cache_dir)
+        path = self._here(spec, cache)
         started = time.perf_counter()
         import engine
         from pipeline.provenance import model_sha256
 
-        cache = Path(spec.cache_dir)
-        _same(
+        same(
             spec.model_path,
             "SHA-256",
-            model_sha256(Path(spec.model_path), cache),
+            model_sha256(path, cache),
             spec.model_sha256,
             self.host,
         )
         opening = time.perf_counter()
-        file = engine.open(spec.model_path, load=spec.engine.load)
+        file = engine.open(path, load=spec.engine.load)
         self.model_open_s = time.perf_counter() - opening
         try:
             queued = time.perf_counter()
-            with _first_compiles(cache / "locks"):
+            with first_compiles(cache / "locks"):
                 waited_s = time.perf_counter() - queued
                 self.compile_s = float(engine.warm_up(file, spec.engine.activations))
             self.model = engine.load_model(
@@ -152,6 +167,19 @@ class EvalWorker:
         self.file = file
         self.open_s = max(0.0, time.perf_counter() - started - waited_s - self.compile_s)
 
+    def _here(self, spec: WorkerSpec, cache: Path) -> Path:
+        """The model on this host, fetched if need be; what was fetched stays as long as the model is open."""
+        if spec.wanted is not None:
+            self.copy = node_cache.model_copy(spec.wanted, cache)
+            return self.copy.path
+        if not Path(spec.model_path).exists():
+            raise ModelError(
+                f"{spec.model_path}: there is no such file on {self.host}",
+                "copy it to every node, lay it where all see it, or give model.path as a URL",
+                kind="FileNotFoundError",
+            )
+        return Path(spec.model_path)
+
     def _read(self, spec: WorkerSpec) -> None:
         """Map the run's token stream and make the cache that its windows need."""
         started = time.perf_counter()
@@ -160,12 +188,18 @@ class EvalWorker:
         from pipeline.windows import cache_shape, open_protocol
 
         self.stream = open_stream(Path(spec.tokens_path), Path(spec.counts_path))
-        _same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
+        same(spec.tokens_path, "SHA-256 of tokens", self.stream.sha256, spec.tokens_sha256, self.host)
         self.protocol = open_protocol(spec.protocol, spec.bos_id, self.stream)
         n_tokens, batch_tokens = self.stream.tokens.size, spec.engine.batch_tokens
         shape = cache_shape(self.protocol, n_tokens, spec.protocol, spec.windows_per_shard, batch_tokens)
-        self.scorer = Scorer(self.model, shape, spec.engine.kv, batch_tokens)
+        cache = self.model.new_cache(shape.n_slots, shape.capacity, spec.engine.kv, fleeting=shape.fleeting)
+        self.scorer = Scorer(self._decode, cache, shape.n_slots, batch_tokens)
         self.load_s = self.open_s + time.perf_counter() - started
+
+    @property
+    def _decode(self) -> Decode:
+        """What scores a batch."""
+        return self.model.nll
 
     def ready(self) -> dict[str, Any]:
         """Who this is and what starting cost; `load_s` has neither compiling nor waiting for it."""
@@ -222,7 +256,7 @@ class EvalWorker:
         """This process's memory, as `pipeline.memory` reads it from the kernel."""
         from pipeline.memory import process_memory
 
-        paths = [self.spec.model_path] if self.file is None else self.file.paths
+        paths = () if self.file is None else self.file.paths
         return {**process_memory(*paths), "model_path": self.spec.model_path}
 
     def close(self) -> None:
@@ -232,6 +266,9 @@ class EvalWorker:
             for held in ("model", "scorer"):
                 self.__dict__.pop(held, None)
             file.close()
+        copy, self.copy = self.copy, None
+        if copy is not None:
+            copy.close()
 
     def _windows(self, first: int, end: int) -> list[Window]:
         return [self.protocol.window(self.stream.tokens, index) for index in range(first, end)]
@@ -294,7 +331,8 @@ def _of_model(spec: WorkerSpec) -> tuple[str, str, EngineSettings]:
     return spec.model_path, spec.model_sha256, spec.engine
 
 
-def _same(path: str, what: str, found: str, expected: str, host: str) -> None:
+def same(path: str, what: str, found: str, expected: str, host: str) -> None:
+    """Refuse a file that is not the driver's; ScoreError."""
     if found != expected:
         raise ScoreError(
             f"{path} on {host}: {what} is {found}, expected {expected} as the driver has it",
@@ -303,7 +341,7 @@ def _same(path: str, what: str, found: str, expected: str, host: str) -> None:
 
 
 @contextmanager
-def _first_compiles(folder: Path) -> Iterator[None]:
+def first_compiles(folder: Path) -> Iterator[None]:
     """On each host one worker enters alone and compiles; the others wait for it, then enter together.
 
     Kernels that several processes compile into one cache at once can crash later (numba #4807). An exclusive

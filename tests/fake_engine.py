@@ -24,6 +24,7 @@ class FakeFile:
         self.path, self.paths, self.load = str(path), (str(path),), load
         self.tensors = {}
         raw = Path(path).read_bytes()
+        self.n_bytes = len(raw)
         if raw[:4] != b"GGUF":
             raise engine.GGUFFormatError(f"{path}: begins with {raw[:4]!r}, expected b'GGUF'")
         if len(raw) < 8:

@@ -9,30 +9,36 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 import conf
-from jobs import perplexity, schema, usage
+from jobs import compare, perplexity, schema, usage
+from pipeline.compare.settings import CompareSettings
 from pipeline.settings import PerplexitySettings
 
 ROOT = Path(conf.__path__[0])
 CHOICES = [(group, option) for group, options in schema.groups().items() for option in options]
 
 
-def composed(*words: str) -> DictConfig:
-    assert perplexity.SCHEMA is PerplexitySettings
+def composed(*words: str, job: str = "perplexity") -> DictConfig:
+    assert (perplexity.SCHEMA, compare.SCHEMA) == (PerplexitySettings, CompareSettings)
     with initialize_config_module("conf", version_base="1.3"):
-        return compose("perplexity", overrides=list(words))
+        return compose(job, overrides=list(words))
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_every_config_composes(group: str, option: str) -> None:
-    cfg = composed(f"{group}={option}", "model.path=m.gguf", "data.path=t.txt")
-    settings = OmegaConf.to_object(cfg)
-    assert isinstance(settings, PerplexitySettings)
+    if usage.job_of(ROOT / group / f"{option}.yaml") == "compare":
+        words = ["base.path=m.gguf", "data.path=t.txt", "variants=[Q8_0]"]
+        settings = OmegaConf.to_object(composed(f"{group}={option}", *words, job="compare"))
+        assert isinstance(settings, CompareSettings)
+    else:
+        settings = OmegaConf.to_object(composed(f"{group}={option}", "model.path=m.gguf", "data.path=t.txt"))
+        assert isinstance(settings, PerplexitySettings)
     settings.tracking.uri = settings.tracking.uri or "http://127.0.0.1:5000"
     settings.validate()
 
 
 def test_the_default_choices_are_the_schemas_defaults() -> None:
     assert composed() == OmegaConf.structured(PerplexitySettings)
+    assert composed(job="compare") == OmegaConf.structured(CompareSettings)
 
 
 @pytest.mark.parametrize("group", ["data", "cluster", "tracking", "protocol"])
@@ -66,9 +72,11 @@ def test_every_file_opens_with_the_command_that_uses_it(file: Path) -> None:
 
 
 def test_help_names_every_choice_and_every_key() -> None:
-    page = usage.text("perplexity")
-    for _, option in CHOICES:
-        assert f" {option} " in page
-    for key in schema.keys(PerplexitySettings):
-        assert f"  {key}=" in page
-    assert max(map(len, page.splitlines())) <= 110
+    pages = {job: usage.text(job) for job in ("perplexity", "compare")}
+    for group, option in CHOICES:
+        told = [job for job, page in pages.items() if f" {option} " in page]
+        assert usage.job_of(ROOT / group / f"{option}.yaml") in told
+    for job, settings in (("perplexity", PerplexitySettings), ("compare", CompareSettings)):
+        for key in schema.keys(settings):
+            assert f"  {key}=" in pages[job]
+        assert max(map(len, pages[job].splitlines())) <= 110

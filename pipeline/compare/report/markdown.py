@@ -1,0 +1,95 @@
+"""The comparison as text to paste: a GitHub table with its provenance in a line; CSV with every figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.compare.report import swaps
+from pipeline.compare.report.columns import COLUMNS, base_row, by_size, keys
+from pipeline.compare.report.words import sentences
+
+
+def table(summary: Mapping[str, Any], base: str) -> str:
+    """The figures as a table, the base first and then the variants by size; ends with a line end."""
+    rows = [
+        [_cell(c.cell(row)) for c in COLUMNS]
+        for row in (base_row(summary, base), *by_size(summary["variants"]))
+    ]
+    rows[0][0] += " (base)"
+    head = [_cell(c.heading) for c in COLUMNS]
+    ruler = [":--" if c.is_text else "--:" for c in COLUMNS]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ruler, *rows))
+
+
+def document(summary: Mapping[str, Any], base: str, provenance: Sequence[tuple[str, str]]) -> str:
+    """What it says in sentences, the table, and what made it in one line."""
+    said = "\n".join(f"- {_cell(sentence)}" for sentence in sentences(summary, base))
+    made = "; ".join(f"{name} {value}" for name, value in provenance)
+    parts = [
+        said,
+        table(summary, base).rstrip("\n"),
+        *_swapped(summary, base),
+        f"<sub>{_cell(made)}</sub>" if made else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _swapped(summary: Mapping[str, Any], base: str) -> list[str]:
+    """The groups of tensors as a table, and what they say; nothing where they were not asked for."""
+    if not swaps.is_measured(summary):
+        return []
+    entries = swaps.entries(summary)
+    columns = swaps.telling(entries)
+    rows = [[_cell(c.heading) for c in columns], [":--", *["--:"] * (len(columns) - 1)]]
+    rows += [[_cell(c.cell(entry)) for c in columns] for entry in entries]
+    said = "\n".join(f"- {_cell(sentence)}" for sentence in swaps.sentences(summary, base))
+    made = swaps.recipe(summary, str(summary["base"]["path"]))
+    parts = [f"### {swaps.TITLE}", said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    return [part for part in [*parts, f"```sh\n{made}\n```" if made else ""] if part]
+
+
+def comma_separated(summary: Mapping[str, Any]) -> str:
+    """A row for each variant in the order of the summary, a column for each of its figures.
+
+    Floats have all their digits; null, and what is not finite, is empty.
+    """
+    out = io.StringIO()
+    names = keys(summary["variants"])
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for variant in summary["variants"]:
+        writer.writerow([_exact(variant.get(name)) for name in names])
+    return out.getvalue()
+
+
+def flat(told: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+    """Label and text of each known entry; a mapping's entries carry its label in front."""
+    lines: list[tuple[str, str]] = []
+    for key, value in told.items():
+        name = f"{before} {key}".strip()
+        if isinstance(value, Mapping):
+            lines += flat(value, name)
+        elif isinstance(value, (list, tuple)):
+            lines += [(name, ", ".join(map(str, value)))] if value else []
+        elif value is not None and value != "":
+            lines.append(
+                (name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+            )
+    return lines
+
+
+def _exact(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    """Text that a table of markdown leaves as it is."""
+    text = re.sub(r"[\\|*`<>\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return " ".join(text.split())
