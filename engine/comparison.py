@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,10 @@ class Comparison:
     The models share activations and scratch. What a batch needs beside is the final norm of its scored tokens
     in every model, and one vocabulary block of the base's logits.
 
+    Attributes:
+        models: the base, then the variants.
+        layers_s: (M,) float64, seconds that each has spent so far on its layers, the head left out.
+
     Raises (on construction):
         UnsupportedModel: a variant has another vocabulary size or width than the base; and as `load_model`.
     """
@@ -68,10 +73,11 @@ class Comparison:
                     f"{file.path}: {model.n_vocab} tokens and a width of {model.width}; "
                     f"the base {base.path} has {first.n_vocab} and {first.width}"
                 )
-        self._models = [first, *others]
+        self.models = [first, *others]
+        self.layers_s = np.zeros(len(self.models))
         self.n_vocab, self.batch_tokens = first.n_vocab, batch_tokens
-        self._heads = np.stack([model.head.fields for model in self._models])
-        n_panels, n_models = -(-batch_tokens // NR), len(self._models)
+        self._heads = np.stack([model.head.fields for model in self.models])
+        n_panels, n_models = -(-batch_tokens // NR), len(self.models)
         self._hidden = aligned(n_models, n_panels, first.width, NR)
         each = (n_models, n_panels, NR)
         self._running = Running(
@@ -83,12 +89,12 @@ class Comparison:
     @property
     def nbytes(self) -> int:
         """Bytes of activations and scratch of all models, without weights and caches; not all are touched."""
-        scratches = {id(model.scratch): model.nbytes for model in self._models}
+        scratches = {id(model.scratch): model.nbytes for model in self.models}
         return sum(scratches.values()) + self._hidden.nbytes + sum(a.nbytes for a in self._running)
 
     def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> Caches:
         """A cache of every model; see `Model.new_cache`."""
-        return Caches([model.new_cache(n_slots, capacity, kv, fleeting=fleeting) for model in self._models])
+        return Caches([model.new_cache(n_slots, capacity, kv, fleeting=fleeting) for model in self.models])
 
     def compare(self, batch: Batch, cache: Caches) -> NDArray[np.float64]:
         """Scores every token with a target by all M models, the base first.
@@ -101,12 +107,14 @@ class Comparison:
         Raises:
             CapacityError, ValueError: as `Model.nll`.
         """
-        n_models, models = len(self._models), self._models
+        n_models, models = len(self.models), self.models
         rows, targets = models[0].targets(batch)
         out = np.empty((3 * n_models - 1, rows.size), np.float64)
-        for model, own, hidden in zip(models, cache.all, self._hidden, strict=True):
+        for j, (model, own, hidden) in enumerate(zip(models, cache.all, self._hidden, strict=True)):
+            began = time.perf_counter()
             model.forward(batch, own)
             model.gather(batch, rows, hidden)
+            self.layers_s[j] += time.perf_counter() - began
         if rows.size:
             crew = models[0].scratch.crew
 

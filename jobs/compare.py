@@ -10,6 +10,11 @@ a file is quantized into `paths.cache`. Minutes for a small model. Leaves the ta
 `tracking=none`, and one JSON line on standard output. Variants that an earlier comparison computed are not
 computed again; a broken limit gives exit code 1.
 
+`sensitivity.by=group` (or `tensor`, `layer`), with one variant, puts its tensors into the base's places, one
+kind of matrix after the other or as `sensitivity.groups=[attn_v,ffn_down,...]` says, and ranks them by
+divergence per byte saved; no file is written. `sensitivity.target_bytes=N` or `target_bpw=B` proposes and
+evaluates a mixture of the two for that size.
+
 `logits.out=FILE` writes the base's logits, 16 bits each, as `llama-perplexity --kl-divergence-base FILE`
 does, before the comparison or, without variants, in its place. Such a file can be `base.path`; data.path is
 then needed to check the tokens only.

@@ -277,8 +277,9 @@ class Attempts:
         if not tasks:
             return
         n = 1 + max(self._halvings[node], *(self._halvings[task] for task in tasks))
-        for which in (*tasks, node):
-            self._halvings[which] = n
+        self._halvings[node] = n
+        for task in tasks:
+            self._halvings[task] = n
         fields: dict[str, events.Value] = {
             "run": getattr(tasks[0].spec, "run_key", None),
             "shard": tasks[0].shard.first_window,
@@ -297,7 +298,7 @@ class Attempts:
         # Should the state that it goes on from be lost, it reads its document again, at worst all windows.
         n_windows = task.shard.end if task.shard.resumes else task.shard.n_windows
         usual = pace.slowest * n_windows + (pace.opening if attempt.is_turn else 0.0)
-        patience = (FIRST_TIMES if attempt.is_first else 1.0) * 2 ** self._kills[task]
+        patience = (FIRST_TIMES if attempt.is_first else 1.0) * 2.0 ** self._kills[task]
         return patience * max(HANG_S, HANG_TIMES * usual)
 
 

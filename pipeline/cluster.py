@@ -14,7 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import events
 from pipeline.errors import ClusterUnreachable
 from pipeline.executor import WORKER, Executor, InlineExecutor, OnResult, ShardFailure, Task
-from pipeline.placement import Need, Plan, plan
+from pipeline.placement import Need, Place, Plan, plan
 from pipeline.ray_metrics import ClusterMetrics
 from pipeline.ray_pool import Pool
 from pipeline.runtime import available_cores, environment, prepare_local_ray, prepare_remote_ray, worker_env
@@ -106,8 +106,13 @@ class RayExecutor:
             raise RuntimeError("plan() leaves a survey")
         survey.copy_models()
         variables = None if self._settings.kind == "local" else worker_env(self._threads)
-        self._pool = Pool(self._ray, self._factory, specs, self._threads, variables)
-        infos = self._pool.start([place.node_id for place in survey.places_for(self._nodes())])
+        versions = self._versions
+
+        def places_for(nodes: Sequence[Mapping[str, Any]]) -> list[Place]:
+            return survey.places_for([node for node in nodes if versions is None or versions.admits(node)])
+
+        self._pool = Pool(self._ray, self._factory, specs, self._threads, variables, places_for)
+        infos = self._pool.start()
         self.n_workers = len(infos)
         return infos
 

@@ -97,7 +97,7 @@ class Estimator:
 def need_of(runs: Sequence[Prepared]) -> Need:
     """What workers take that score one run after another."""
     s = runs[0].settings
-    files = {ready.spec.model_path: ready for ready in runs}
+    files = {ready.settings.model.path: ready for ready in runs}
     models = (
         ModelFile(
             path,
@@ -113,6 +113,7 @@ def need_of(runs: Sequence[Prepared]) -> Need:
         models=tuple(models),
         load=s.engine.load,
         cache=s.paths.cache,
+        limit_bytes=s.paths.limit_bytes,
     )
 
 

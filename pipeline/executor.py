@@ -40,7 +40,7 @@ class Worker(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Task:
     """A shard, all that a worker must be told of its run, and the file that it needs open."""
 
@@ -116,8 +116,8 @@ class Queue:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._files: dict[str, deque[Task]] = {}
         begins = {(id(task.spec), task.shard.first_window): task for task in tasks if task.shard.resumes}
-        ends = {task: begins.get((id(task.spec), task.shard.end)) for task in tasks}
-        self._next = {task: follower for task, follower in ends.items() if follower is not None}
+        ends = ((task, begins.get((id(task.spec), task.shard.end))) for task in tasks if begins)
+        self._next = {task: follower for task, follower in ends if follower is not None}
         waiting = set(self._next.values())
         for task in tasks:
             self._files.setdefault(task.file, deque())

@@ -291,6 +291,7 @@ def _open_system(url: str) -> tuple[Any, str]:
     if url.startswith(("http://", "https://")):
         import aiohttp
 
+        logging.getLogger("fsspec.http").setLevel(logging.INFO)  # below, it tells whole URLs
         # A transfer may take long, silence may not.
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=30, sock_read=60)}
     try:

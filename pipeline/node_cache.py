@@ -7,9 +7,8 @@
                                   .NAME...   what is not whole (pipeline/fetch.py)
 
 The key is of the URL, without what is a secret. What was fetched is used without asking the source again,
-unless another digest is expected. The others of a node wait for the one process that fetches. Where
-`paths.cache_limit` leaves no room, the files that were used longest ago go: none that is being fetched, that
-a process holds, or that a process of this user has mapped.
+unless another digest is expected. The others of a node wait for the one process that fetches. Room is made
+by pipeline/cache_room.py.
 """
 
 from __future__ import annotations
@@ -20,22 +19,21 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from pipeline import fetch
+from pipeline.cache_room import alone, make_room, remove
 from pipeline.errors import DataError, ModelError, PipelineError, StoreError
 from pipeline.provenance import files_sha256
 from pipeline.settings import shown
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-_MAPPING = re.compile(r"\S+ \S+ \S+ \S+ (\d+) +(/.*)")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 log = logging.getLogger(__name__)
 
@@ -220,13 +218,13 @@ def _replace(
     """Fetch the files; the lock is held alone."""
     if _are_here(files):
         log.warning("%s is not what it should be; it is fetched again", files[0])
-        _remove(files)
+        remove(files)
     while True:
         has_resumed = _fetch_all(url, files, folder, limit_bytes)
         if _is_right(files, sha256, folder):
             return
         error = _mismatch(url, "what the source has", files, sha256, folder)
-        _remove(files)
+        remove(files)
         if not has_resumed:
             raise error
         log.warning("%s: what went on from an earlier transfer is not right; fetching it anew", shown(url))
@@ -255,133 +253,21 @@ def _fetch_all(url: str, files: Sequence[Path], folder: Path, limit_bytes: int |
         file: fetch.describe(part) for part, file in zip(_parts(url), files, strict=True) if not file.exists()
     }
     total = sum(remote.size or 0 for remote in remotes.values())
-    with _alone(folder / "downloads" / ".lock"):
+    with alone(folder / "downloads" / ".lock"):
         done = sum(fetch.begin(remote, file) for file, remote in remotes.items())
         left = total - done
-        _make_room(url, left, folder, limit_bytes, files[0].parent)
+        make_room(shown(url), left, files[0].parent, limit_bytes)
     log.info("%s: fetching %s MB to %s", shown(url), f"{left / 1e6:,.0f}", host)
     for file, remote in remotes.items():
         fetch.transfer(remote, file)
     if any(remote.size is None for remote in remotes.values()):  # only now is it known
-        with _alone(folder / "downloads" / ".lock"):
+        with alone(folder / "downloads" / ".lock"):
             try:
-                _make_room(url, 0, folder, limit_bytes, files[0].parent)
+                make_room(shown(url), 0, files[0].parent, limit_bytes)
             except StoreError:
-                _remove(files)
+                remove(files)
                 raise
     return bool(done) or len(remotes) < len(files)
-
-
-@dataclass
-class _Home:
-    """A folder of fetched files: bytes, those to come of a file that is being fetched too."""
-
-    path: Path
-    n_bytes: int
-    used_at: float
-
-    @property
-    def files(self) -> list[Path]:
-        return [file for file in self.path.iterdir() if file.name != ".lock"]
-
-
-def _make_room(url: str, need: int, folder: Path, limit_bytes: int | None, own: Path) -> None:
-    """Evict what was used longest ago until `need` more bytes fit, on the disk as well.
-
-    Raises:
-        StoreError: they do not.
-    """
-    host, downloads = socket.gethostname(), folder / "downloads"
-    homes = sorted(_homes(downloads), key=lambda home: home.used_at)
-    free = shutil.disk_usage(downloads).free
-    used = sum(home.n_bytes for home in homes if home.path != own)
-    used += sum(file.stat().st_size for file in own.iterdir() if file.is_file())
-    mapped: set[tuple[str, str]] | None = None
-    for home in homes if limit_bytes is not None else []:
-        if used + need <= (limit_bytes or 0) and need <= free:
-            break
-        if home.path == own:
-            continue
-        mapped = _mapped() if mapped is None else mapped
-        freed = _evict(home, mapped)
-        if freed:
-            log.info("%s on %s: evicted, %s MB", home.path, host, f"{freed / 1e6:,.0f}")
-            used, free = used - home.n_bytes, shutil.disk_usage(downloads).free
-    if limit_bytes is not None and used + need > limit_bytes:
-        raise StoreError(
-            f"{shown(url)}: {need:,} bytes to fetch, and {downloads} on {host} holds {used:,} that are in "
-            f"use; paths.cache_limit is {limit_bytes:,} bytes",
-            "a larger paths.cache_limit, or none",
-        )
-    if need > free:
-        raise StoreError(
-            f"{shown(url)}: {need:,} bytes to fetch, and the disk of {downloads} on {host} has {free:,} left",
-            "make room, choose another paths.cache, or set paths.cache_limit to have old files evicted",
-        )
-
-
-def _homes(downloads: Path) -> Iterator[_Home]:
-    """What is in the cache."""
-    for entry in os.scandir(downloads):
-        if not entry.is_dir(follow_symlinks=False):
-            continue
-        home = _Home(Path(entry.path), 0, entry.stat().st_mtime)
-        for file in os.scandir(entry.path):
-            try:
-                status = file.stat(follow_symlinks=False)
-            except FileNotFoundError:  # just evicted, or got its name
-                continue
-            if file.name == ".lock":
-                home.used_at = status.st_mtime
-                continue
-            to_come = 0
-            if file.name.startswith(".") and file.name.endswith(".part"):
-                to_come = fetch.promised(Path(entry.path, file.name[1:].removesuffix(".part")))
-            home.n_bytes += max(status.st_size, to_come)
-        if home.n_bytes:
-            yield home
-
-
-def _evict(home: _Home, mapped: set[tuple[str, str]]) -> int:
-    """Remove a home's files unless they are in use; bytes that were removed."""
-    lock = os.open(home.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return 0
-        files = home.files
-        found = {file: file.stat(follow_symlinks=False) for file in files}
-        folder = str(home.path.resolve())
-        if any({(file.name, folder), (file.name, str(s.st_ino))} & mapped for file, s in found.items()):
-            return 0
-        _remove(files)
-        return sum(status.st_size for status in found.values())
-    finally:
-        os.close(lock)
-
-
-def _mapped() -> set[tuple[str, str]]:
-    """Of every file that a process has mapped, as far as this user may know: its name with its folder, and
-    its name with its inode.
-
-    Devices are not compared: on layered file systems the kernel prints others than `stat` says. There inodes
-    differ too, and in another container folders do.
-    """
-    mapped: set[tuple[str, str]] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):  # another user's, or gone
-            for line in maps.read_text(errors="surrogateescape").splitlines():
-                found = _MAPPING.match(line)
-                if found:
-                    folder, _, name = found[2].rpartition("/")
-                    mapped |= {(name, folder), (name.removesuffix(" (deleted)"), found[1])}
-    return mapped
-
-
-def _remove(files: Sequence[Path]) -> None:
-    for file in files:
-        file.unlink(missing_ok=True)
 
 
 def _files(url: str, folder: Path) -> list[Path]:
@@ -436,14 +322,3 @@ def _locked(lock: int, kind: int, url: str, wait: bool) -> bool:
         log.info("%s: another process of %s is fetching it; waiting for that", shown(url), host)
         fcntl.flock(lock, kind)
     return True
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -23,11 +23,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 
 from pipeline.errors import ClusterUnreachable
+from pipeline.node_cache import Wanted, model_copy
 
 _CALLS = {  # numbers of the system calls; C libraries have no functions for them
     "x86_64": {"set_mempolicy": 238, "get_mempolicy": 239},
@@ -50,23 +51,34 @@ class Keeper:
         self._files: list[int] = []
         self._folder = Path(tempfile.mkdtemp(prefix="pagemill-numa-"))
 
-    def copy(self, models: Sequence[str], numa_nodes: Sequence[int]) -> dict[int, str]:
+    def copy(
+        self,
+        models: Sequence[str | Wanted],
+        numa_nodes: Sequence[int],
+        cache: str | None = None,
+    ) -> dict[int, str]:
         """Copy each model, all parts of a split one, for each NUMA node.
+
+        Args:
+            models: files, or what is to be fetched into `cache`.
 
         Returns:
             a folder for each NUMA node, for `use`.
 
         Raises:
             ClusterUnreachable: memory cannot be bound here, or pages came to lie elsewhere.
-            EngineError: a file is no model.
+            EngineError, ModelError: a file is no model, or cannot be fetched.
             OSError: a file cannot be read, or there is no memory for its copy.
         """
         import engine
 
         folders = {node: self._folder / str(node) for node in numa_nodes}
         for model in models:
-            with engine.open(model) as file:
-                parts = file.paths
+            with ExitStack() as held:
+                path = model
+                if not isinstance(path, str):
+                    path = str(held.enter_context(model_copy(path, Path(cache or "."))).path)
+                parts = held.enter_context(engine.open(path)).paths
             for node, part in product(numa_nodes, parts):
                 self._files.append(copy_to(part, node))
                 link = _lent_path(folders[node], part)

@@ -27,7 +27,7 @@ from pipeline.settings import ClusterSettings, PerplexitySettings
 from pipeline.shards import n_abreast
 from pipeline.topology import usable_cores
 from pipeline.tracking import open_tracker
-from pipeline.worker import ShardResult, WorkerSpec
+from pipeline.worker import ShardResult, in_line
 
 if TYPE_CHECKING:
     from pipeline.progress import Progress
@@ -61,6 +61,7 @@ class Scoring:
         since: from when its `wall_s` counts, None for the beginning of its first shard.
         began, ended: of its first shard's work and its last one's.
         name: of a sweep's point, None for a run of its own.
+        busy_s, idle_s: workers' time within shards, each worker's first one aside, and between them.
     """
 
     ready: Prepared
@@ -73,6 +74,8 @@ class Scoring:
     load_s: float | None = None
     model_open_s: float | None = None
     compile_s: float | None = None
+    busy_s: float = 0.0
+    idle_s: float = 0.0
     workers: set[str] = field(default_factory=set)
     failures: list[ShardFailure] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +90,9 @@ class Scoring:
         self.model_open_s = max(self.model_open_s or 0.0, result.model_open_s)
         self.compile_s = max(self.compile_s or 0.0, result.compile_s)
         self.workers.add(result.worker)
+        if result.idle_s is not None:
+            self.busy_s += result.wall_s
+            self.idle_s += result.idle_s
 
     def opened(self, infos: Sequence[dict[str, Any]]) -> None:
         """Count what opening its model cost workers that had no shard of it, or could finish none."""
@@ -160,7 +166,7 @@ def score(scorings: Sequence[Scoring], journal: Journal, progress: Progress | No
     if not todo:
         return
     by_key = {scoring.ready.spec.run_key: scoring for scoring in todo}
-    specs = _in_line([scoring.ready.spec for scoring in todo])
+    specs = in_line([scoring.ready.spec for scoring in todo])
     tasks = [
         Task(spec, shard, spec.model_path)
         for spec, scoring in zip(specs, todo, strict=True)
@@ -194,17 +200,6 @@ def score(scorings: Sequence[Scoring], journal: Journal, progress: Progress | No
         if not scoring.summary:
             scoring.opened(infos)
             conclude(scoring, len(infos) if len(scorings) == 1 else len(scoring.workers), memory)
-
-
-def _in_line(specs: Sequence[WorkerSpec]) -> list[WorkerSpec]:
-    """Each told which model the next one wants, should it be another one that is fetched."""
-    line: list[WorkerSpec] = []
-    following = None
-    for spec in reversed(specs):
-        if line and line[-1].model_path != spec.model_path:
-            following = line[-1].wanted
-        line.append(replace(spec, following=following))
-    return line[::-1]
 
 
 def told(error: PipelineError) -> dict[str, Any]:
@@ -345,6 +340,7 @@ def blank(ready: Prepared) -> dict[str, Any]:
         "n_documents": ready.stream.n_documents,
         "n_documents_short": ready.stream.n_short if ready.stream.is_apart else None,
         "tok_per_s": None,
+        "worker_busy_share": None,
         "n_workers": None,
         "shards_done": len(ready.finished.paths),
         "shards_reused": len(ready.finished.paths),
@@ -367,16 +363,11 @@ def unfetched(error: NotFetched) -> dict[str, Any]:
     """A dry run's answer where the model would have to be fetched first."""
     import engine
 
-    known = {"job": "perplexity", "ok": True, "exit_code": 0, "version": provenance.version()}
     unknown = ("error", "run_key", "measure_key", "table", "mlflow_run_id", "compile_s", "load_s", *HEADLINES)
-    return {
-        **known,
-        **dict.fromkeys((*unknown, "n_windows", "n_tokens", "n_workers", "n_shards", "shards_todo")),
-        "numerics": engine.NUMERICS,
-        "warnings": [str(error)],
-        "dry_run": True,
-        "fetch_bytes": error.n_bytes,
-    }
+    nulls = dict.fromkeys((*unknown, "n_windows", "n_tokens", "n_workers", "n_shards", "shards_todo"))
+    known = {"job": "perplexity", "ok": True, "exit_code": 0, "version": provenance.version()}
+    found = {"warnings": [str(error)], "dry_run": True, "fetch_bytes": error.n_bytes}
+    return {**known, **nulls, **found, "numerics": engine.NUMERICS}
 
 
 def planned(ready: Prepared) -> dict[str, Any]:
@@ -395,17 +386,20 @@ def planned(ready: Prepared) -> dict[str, Any]:
 def dry_plan(runs: Sequence[Prepared], estimator: Estimator) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Where workers would go, and what that takes: of all runs together, and of each.
 
-    The plan is said line by line as a run says it before it starts.
+    The plan is said line by line as a run says it before it starts; runs that are finished need none.
     """
-    cluster = no_idle_workers(runs[0].settings, sum(n_abreast(ready.todo) for ready in runs))
-    made = plan_of(cluster, need_of(runs))
-    for line in (*made.lines(), *made.remarks):
-        log.info("%s", line)
-    n_workers = len(made.places)
+    todo = [ready for ready in runs if ready.todo]
+    nodes, n_workers = [], 0
+    if todo:
+        cluster = no_idle_workers(runs[0].settings, sum(n_abreast(ready.todo) for ready in todo))
+        made = plan_of(cluster, need_of(todo))
+        for line in (*made.lines(), *made.remarks):
+            log.info("%s", line)
+        nodes, n_workers = made.told(), len(made.places)
     plans = [estimator.plan(ready, n_workers) for ready in runs]
     return {
         "n_workers": n_workers,
-        "nodes": made.told(),
+        "nodes": nodes,
         "estimated_s": sum(plan["estimated_s"] for plan in plans),
         "estimated_from": list(dict.fromkeys(plan["estimated_from"] for plan in plans)),
         "memory_bytes": max(plan["model_bytes"] + n_workers * plan["worker_bytes"] for plan in plans),
@@ -428,6 +422,7 @@ def _figures(scoring: Scoring, n_workers: int, memory: list[dict[str, Any]]) -> 
         "load_s": scoring.load_s,
         "model_open_s": scoring.model_open_s,
         "tok_per_s": scoring.n_tokens / wall_s if scoring.n_tokens and wall_s > 0 else None,
+        "worker_busy_share": scoring.busy_s / (scoring.busy_s + scoring.idle_s) if scoring.busy_s else None,
         "model_resident_bytes": ready.file.resident_bytes(),
         "model_pss_sum_bytes": sum(int(entry["pss_bytes"]) for entry in each) if workers else None,
         "model_rss_bytes_max": max((int(entry["rss_bytes"]) for entry in workers), default=None),

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.capacity import BASE_BYTES, GB
 from pipeline.cpu_sets import bound, groups_of, listed, room_of, spread
 from pipeline.errors import ClusterUnreachable, SettingsError
+from pipeline.settings import shown
 from pipeline.topology import ModelFile, NodeInfo
 
 _NAMED_AT_MOST = 5
@@ -46,6 +47,7 @@ class Need:
         models: that a worker opens, one after the other, as the driver has them.
         load: `engine.load`.
         cache: `paths.cache`, where nodes keep digests and what they fetched.
+        limit_bytes: `paths.cache_limit`.
     """
 
     threads: int
@@ -53,6 +55,7 @@ class Need:
     models: tuple[ModelFile, ...] = ()
     load: str = "mmap"
     cache: str | None = None
+    limit_bytes: int | None = None
 
     @property
     def model_bytes(self) -> int:
@@ -116,9 +119,7 @@ class Plan:
         """The plan of one host that had no id in Ray yet."""
         (only,) = self.nodes
         places = tuple(replace(place, node_id=node_id) for place in only.places)
-        return replace(
-            self, nodes=(replace(only, node=replace(only.node, node_id=node_id), places=places),)
-        )
+        return replace(self, nodes=(replace(only, node=replace(only.node, node_id=node_id), places=places),))
 
     def lines(self) -> list[str]:
         """For people, one a node: workers, memory, the model, bytes to fetch."""
@@ -230,9 +231,11 @@ def _unusable(node: NodeInfo, need: Need) -> str:
         if ours is None or here.n_bytes is None:  # a URL, to be fetched, and checked then
             continue
         if here.n_bytes != ours.n_bytes:
-            return f"{here.path} is another file there: {here.n_bytes:,} bytes, expected {ours.n_bytes:,}"
+            return (
+                f"{shown(here.path)} is another file there: {here.n_bytes:,} bytes, expected {ours.n_bytes:,}"
+            )
         if None not in (here.sha256, ours.sha256) and here.sha256 != ours.sha256:
-            return f"{here.path} is another file there: SHA-256 {here.sha256}, expected {ours.sha256}"
+            return f"{shown(here.path)} is another file there: SHA-256 {here.sha256}, expected {ours.sha256}"
     return ""
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import capacity, node_cache, provenance, store
 from pipeline.datasets import Text, load_text
 from pipeline.errors import DataError, ModelError, RefusedError, SettingsError, StoreError
+from pipeline.run_lock import RunLocks
 from pipeline.settings import DataSettings, PerplexitySettings, is_url, shown
 from pipeline.shards import Shard, n_abreast, plan
 from pipeline.tokens import TokenStream, token_stream
@@ -73,7 +74,7 @@ class Prepared:
 
 
 class Preflight:
-    """Checks runs; the driver has their model files mapped as long as this is open.
+    """Checks runs; the driver has their model files mapped, and them locked, as long as this is open.
 
     Args:
         table: that they leave. What is not scores, the measure says, so that no key is shared.
@@ -82,6 +83,7 @@ class Preflight:
     def __init__(self, table: store.ShardTable = store.WINDOWS) -> None:
         self._table = table
         self._files = ExitStack()
+        self._locks = self._files.enter_context(RunLocks())
         self._probed: set[Path] = set()
         self._latest: dict[str, tuple[Any, Any]] = {}  # what was read last, by kind: of what, and itself
 
@@ -204,18 +206,20 @@ class Preflight:
         )
 
     def begin(self, ready: Prepared) -> Prepared:
-        """Make the run's folders and fix its plan; from here on it counts as begun.
+        """Make the run's folders, lock it and fix its plan; from here on it counts as begun.
 
         Raises:
-            StoreError, StorageFailure: a folder or the plan cannot be written.
+            RefusedError: another driver computes it.
+            StoreError, StorageFailure: a folder, the lock or the plan cannot be written.
         """
         folder = Path(ready.spec.run_dir)
         _make(folder)
         if self._table is store.WINDOWS:
             _make(store.runs_folder(Path(ready.settings.paths.results), ready.spec.run_key))
+        was_taken_over = bool(ready.todo) and self._locks.take(folder)
         fixed = store.fix_plan(folder, ready.plan)
-        if int(fixed["windows_per_shard"]) != ready.spec.windows_per_shard:
-            return self.check(ready.settings)  # another driver began the same run a moment ago, otherwise
+        if was_taken_over or int(fixed["windows_per_shard"]) != ready.spec.windows_per_shard:
+            return self.check(ready.settings)  # another driver was at this run a moment ago, otherwise
         return ready
 
     def _probe(self, folder: Path, key: str) -> None:

@@ -1,9 +1,9 @@
 """Shards over Ray actors that may die: one loop on `ray.wait`, and one worker in each actor.
 
-Lessons of Ray 2.60 made it. A dying actor is first seen as "unavailable", so an error of that family says only
-that the call was lost: the actor is sent a probe, which alone Ray may repeat through restarts, and gets work
-again when the probe answers; calls to an actor that is restarting fail at once and would use up a shard's
-attempts. Work itself is never repeated by Ray (`max_task_retries=0`): `pipeline.attempts` counts.
+Lessons of Ray 2.60 made it. A dying actor is first seen as "unavailable", so an error of that family says
+only that the call was lost: the actor is sent a probe, which alone Ray may repeat through restarts, and gets
+work again when the probe answers; calls to an actor that is restarting fail at once and would use up a
+shard's attempts. Work itself is never repeated by Ray (`max_task_retries=0`): `pipeline.attempts` counts.
 
 Every few seconds the pool compares itself with the cluster: places without an actor get one, on nodes that
 joined as well, on each node one before the others; actors of nodes that are gone are lost, whatever Ray still
@@ -53,6 +53,10 @@ PlacesFor = Callable[[Sequence[Mapping[str, Any]]], Sequence["Place"]]
 """Where workers are to be, given the entries of `ray.nodes()` that are alive; must not wait for anything."""
 
 
+class LetGo(Exception):
+    """The pool made an end of an actor: its worker hung, or its node is gone."""
+
+
 class Hosted(Host):
     """What an actor holds. A probe makes the worker, so that its errors arrive as ordinary ones.
 
@@ -67,7 +71,7 @@ class Hosted(Host):
         super().__init__(factory)
 
     def ready(self, specs: Sequence[WorkerSpec]) -> dict[str, Any]:
-        """See `Host.ready`; `oom_kills` are processes of this host that the kernel ended for want of memory."""
+        """See `Host.ready`; `oom_kills` are processes that this host ended for want of memory."""
         return {**super().ready(specs), "oom_kills": oom_kills()}
 
 
@@ -77,7 +81,7 @@ class Actor:
 
     Attributes:
         file: that its last shard had open; of `known` ones it has finished a shard.
-        call: in flight: its reference, and the attempt, None for a probe.
+        call: reference of the one in flight; `attempt` is what it is of, None for a probe.
     """
 
     place: Place
@@ -86,7 +90,8 @@ class Actor:
     info: dict[str, Any] | None = None
     file: str | None = None
     known: set[str] = field(default_factory=set)
-    call: tuple[Any, Attempt | None] | None = None
+    call: Any = None
+    attempt: Attempt | None = None
 
     @property
     def node(self) -> str:
@@ -148,9 +153,7 @@ class Pool:
         self._closed: set[str] = set()  # nodes where no spec can be opened
         self._barren, self._given_up = Counter["Place"](), Counter["Place"]()
         self._oom_kills: dict[str, int] = {}  # of a node, when last heard of
-        self._losses: dict[
-            str, deque[float]
-        ] = {}  # of a node: when workers were lost that have no successor yet
+        self._losses: dict[str, deque[float]] = {}  # of a node: of workers without a successor
         self._head = str(ray.get_runtime_context().gcs_address)
         self._head_answered = time.monotonic()
         self._next_look = 0.0
@@ -205,14 +208,12 @@ class Pool:
             for ended in results:
                 if on_result(ended.attempt.task, ended.result):
                     work.drop()
-        for actor in [
-            actor for actor in self._actors if actor.call is not None and actor.call[1] is not None
-        ]:
+        for actor in [actor for actor in self._actors if actor.attempt is not None]:
             self._drop(actor)  # what it computes is there already
         return work.failures()
 
     def memory(self) -> list[dict[str, Any]]:
-        """See `pipeline.executor.Executor.memory`; waits a little for workers that are just being replaced."""
+        """See `pipeline.executor.Executor.memory`; waits a little for workers that are being replaced."""
         deadline = time.monotonic() + REPLACED_TIMEOUT_S
         while self._calls and time.monotonic() < deadline:
             list(self._finished(timeout_s=1.0))
@@ -250,17 +251,18 @@ class Pool:
             self._reconcile()
         if work is None:
             return
-        hanging = {attempt: seconds for attempt, seconds in work.overdue()}
-        for actor in [actor for actor in self._actors if actor.call and actor.call[1] in hanging]:
-            assert actor.call is not None and actor.call[1] is not None
-            self._end(actor, TimeoutError(f"no answer for {hanging[actor.call[1]]:.0f} s"))
+        hanging = dict(work.overdue())
+        for actor in list(self._actors):
+            if actor.attempt in hanging:
+                self._end(actor, LetGo(f"no answer for {hanging[actor.attempt]:.0f} s"))
         for attempt in work.late() if self._idle else ():
-            helpers = sorted(
-                self._idle, key=lambda actor: (actor.node == attempt.node, actor.file != attempt.task.file)
-            )
-            if helpers:
-                actor = helpers[0]
+            if self._idle:
+                actor = self._helper(attempt)
                 self._send(actor, *work.again(attempt, actor.node, actor.name, actor.file, actor.known))
+
+    def _helper(self, attempt: Attempt) -> Actor:
+        """An idle actor for a slow one's shard: of another node, with the file open, if possible."""
+        return min(self._idle, key=lambda a: (a.node == attempt.node, a.file != attempt.task.file))
 
     def _head_is_there(self) -> bool:
         """Whether the head answers; IncompleteError when it has not for `HEAD_TIMEOUT_S`."""
@@ -286,7 +288,7 @@ class Pool:
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         alive = {node["NodeID"] for node in nodes}
         for actor in [actor for actor in self._actors if actor.node not in alive]:
-            self._end(actor, ConnectionError(f"node {actor.node[:8]} is gone"))
+            self._end(actor, LetGo(f"node {actor.node[:8]} is gone"))
         wanted = Counter(self._places_for(nodes)) - self._given_up
         have = Counter(actor.place for actor in self._actors)
         begun = {actor.node for actor in self._actors}
@@ -300,9 +302,8 @@ class Pool:
 
     def _launch(self, place: Place) -> None:
         """Start an actor in its place and probe it."""
-        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            place.node_id, soft=False
-        )
+        strategies = self._ray.util.scheduling_strategies
+        strategy = strategies.NodeAffinitySchedulingStrategy(place.node_id, soft=False)
         hosted = self._ray.remote(Hosted).options(scheduling_strategy=strategy, **self._options)
         actor = Actor(place, hosted.remote(self._factory, place))
         self._actors[actor] = None
@@ -318,7 +319,7 @@ class Pool:
 
     def _call(self, actor: Actor, ref: Any, attempt: Attempt | None) -> None:
         self._idle.pop(actor, None)
-        actor.call, self._calls[ref] = (ref, attempt), actor
+        actor.call, actor.attempt, self._calls[ref] = ref, attempt, actor
 
     def _await_workers(self) -> None:
         """Wait for all workers, but not for ever for the last of them."""
@@ -360,21 +361,12 @@ class Pool:
     def _finished(self, timeout_s: float, work: Attempts | None = None) -> Iterator[Ended]:
         """Wait until a call ends; see to the actors of all that ended, and hand on those that were work."""
         errors = self._ray.exceptions
-        if self._ended:
-            timeout_s = 0.0
-        if not self._calls:
-            time.sleep(timeout_s)
-        ended, rest = (
-            self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s) if self._calls else ([], [])
-        )
-        if ended and rest:
-            ended += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        for ref in ended:
+        for ref in self._wait(0.0 if self._ended else timeout_s):
             actor = self._calls.pop(ref)
-            assert actor.call is not None
-            attempt = actor.call[1]
-            actor.call = None
-            result, error, is_ours = None, None, False
+            attempt, actor.call, actor.attempt = actor.attempt, None, None
+            result: Any = None
+            error: BaseException | None = None
+            is_ours = False
             try:
                 result = self._ray.get(ref)
             except errors.RayTaskError as raised:
@@ -394,6 +386,16 @@ class Pool:
                 yield Ended(actor, attempt, result, error, is_ours)
         while self._ended:
             yield self._ended.popleft()
+
+    def _wait(self, timeout_s: float) -> list[Any]:
+        """References of calls that ended."""
+        if not self._calls:
+            time.sleep(timeout_s)
+            return []
+        ended, rest = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        if ended and rest:
+            ended += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return list(ended)
 
     def _welcome(self, actor: Actor, info: dict[str, Any], work: Attempts | None) -> None:
         """A probe answered: the actor may work, and the rest of its node may start."""
@@ -417,7 +419,7 @@ class Pool:
         """A worker ended with a task in its hands."""
         error = ended.error
         assert error is not None
-        if isinstance(error, TimeoutError | ConnectionError):  # ours, see `_end`
+        if isinstance(error, LetGo):
             work.lost(ended.attempt, str(error), is_oom=False)
         else:
             work.lost(ended.attempt, describe(error), is_oom=True if is_out_of_memory(error) else None)
@@ -429,7 +431,7 @@ class Pool:
         if not isinstance(error, (errors.ActorDiedError, errors.ActorUnschedulableError)):
             self._probe(actor)
             return
-        if not actor.is_ready:
+        if actor.info is None:
             self._barren[actor.place] += 1
             if self._barren[actor.place] >= MAX_BARREN:
                 del self._barren[actor.place]
@@ -437,11 +439,11 @@ class Pool:
                 log.warning("no worker starts on node %s any more: %s", actor.node[:8], describe(error))
         self._drop(actor, error)
 
-    def _end(self, actor: Actor, why: Exception) -> None:
+    def _end(self, actor: Actor, why: LetGo) -> None:
         """Make an end of an actor whose worker hangs or whose node is gone; its task, if any, is lost."""
         self._note_loss(actor, str(why))
-        if actor.call is not None and actor.call[1] is not None:
-            self._ended.append(Ended(actor, actor.call[1], error=why))
+        if actor.attempt is not None:
+            self._ended.append(Ended(actor, actor.attempt, error=why))
         self._drop(actor, why)
 
     def _note_loss(self, actor: Actor, why: str) -> None:
@@ -454,8 +456,8 @@ class Pool:
         del self._actors[actor]
         self._idle.pop(actor, None)
         if actor.call is not None:
-            del self._calls[actor.call[0]]
-            actor.call = None
+            del self._calls[actor.call]
+            actor.call = actor.attempt = None
         self._ray.kill(actor.handle, no_restart=True)
         self._last_loss = error or self._last_loss
         self._next_look = 0.0

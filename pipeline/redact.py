@@ -1,7 +1,8 @@
 """Secrets that a URL may carry, left out of everything that is logged or kept.
 
 A login (`https://NAME:PASSWORD@HOST/...`) and the values of a query (`?X-Amz-Signature=...`, `?token=...`)
-become `***`. All values, not those of known names: a store calls its secret what it likes.
+become `***`. All values, not those of known names: a store calls its secret what it likes. Messages of ours
+name a path by `settings.shown`; this is the net below them, for any text: a library's message, a traceback.
 """
 
 from __future__ import annotations

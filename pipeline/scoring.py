@@ -20,6 +20,17 @@ Decode = Callable[["engine.Batch", Any], Scores]
 """Batch and cache -> (..., n_scored), such as `engine.Model.nll`."""
 
 
+def first_broken(model: Any, window: Window) -> str:
+    """What makes a window's scores not finite, as the end of a message: read again, layer by layer.
+
+    Args:
+        model: as `engine.load_model` returned it; the window is read from an empty cache.
+    """
+    tokens = window.tokens[: model.batch_tokens]
+    found = engine.first_broken(model, engine.Batch(tokens, np.arange(tokens.size)))
+    return "" if found is None else f"; {found}"
+
+
 class Scorer:
     """Scores windows in their order, with a cache of its own.
 

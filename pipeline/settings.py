@@ -390,7 +390,8 @@ def _data_contradictions(data: DataSettings, protocol: ProtocolSettings) -> list
     if data.format != "text" and data.path.startswith(PYTHON_SOURCE):
         problems.append(f"data.path={data.path} is one text; use data.format=text")
     if data.files and data.path not in (MISSING, "", ", ".join(data.files)):
-        problems.append(f"data.path={data.path} and data.files={data.files} both name the text; give one")
+        path, files = logged([data.path, data.files])
+        problems.append(f"data.path={path} and data.files={files} both name the text; give one")
     if data.weight is not None and data.format == "text":
         problems.append(
             f"data.weight={data.weight} needs data.format=jsonl or parquet; a text has no columns"
@@ -415,7 +416,7 @@ def _warnings(s: PerplexitySettings) -> list[str]:
             f"cluster.address={s.cluster.address} is ignored: cluster.kind={s.cluster.kind}, not ray"
         )
     if s.tracking.uri and s.tracking.kind == "none":
-        warnings.append(f"tracking.uri={s.tracking.uri} is ignored: tracking.kind=none")
+        warnings.append(f"tracking.uri={shown(s.tracking.uri)} is ignored: tracking.kind=none")
     if s.protocol.stride is not None and s.protocol.name != "strided":
         warnings.append(
             f"protocol.stride={s.protocol.stride} is ignored: protocol.name={s.protocol.name}, not strided"

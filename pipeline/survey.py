@@ -14,8 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import ClusterUnreachable, PipelineError
+from pipeline.node_cache import Wanted
 from pipeline.numa import Keeper
 from pipeline.placement import Need, NodePlan, Place, Plan, plan
+from pipeline.settings import is_url
 from pipeline.topology import NodeInfo, look
 
 LOOK_TIMEOUT_S = 60.0  # the first task of a node starts a process and imports
@@ -168,13 +170,17 @@ class Survey:
         self._begin_copies()
 
     def _begin_copies(self) -> None:
-        paths = [model.path for model in self._need.models]
+        need = self._need
+        models = [
+            Wanted(model.path, model.sha256, need.limit_bytes) if is_url(model.path) else model.path
+            for model in need.models
+        ]
         for node, planned in self._planned.items():
             if planned.copies and node not in self._keepers:
                 keeper = (
                     self._ray.remote(Keeper).options(num_cpus=0, max_restarts=0, **self._on(node)).remote()
                 )
-                self._keepers[node] = keeper, keeper.copy.remote(paths, planned.copies)
+                self._keepers[node] = keeper, keeper.copy.remote(models, planned.copies, need.cache)
 
     def _take_copies(self) -> None:
         """Lend copies that are finished since; a node where they could not be made works without."""

@@ -48,8 +48,8 @@ class NumaNode:
 class ModelFile:
     """A model on a host, all parts of a split one.
 
-    `n_bytes` is None when it is not there: a URL has to be fetched, of a file `problem` tells why. `sha256` is
-    None when no digest was kept; `cached_bytes` are those in the page cache.
+    `n_bytes` is None when it is not there: a URL has to be fetched, of a file `problem` tells why. `sha256`
+    is None when no digest was kept; `cached_bytes` are those in the page cache.
     """
 
     path: str

@@ -30,7 +30,7 @@ from typing import IO, Any, Protocol
 
 from pipeline.reachable import unreachable
 from pipeline.redact import redacted
-from pipeline.settings import TrackingSettings
+from pipeline.settings import TrackingSettings, shown
 
 LOG_TIMEOUT_S = 120.0
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 5000, 250  # MLflow's limits for a value and a key
@@ -157,7 +157,7 @@ def open_tracker(settings: TrackingSettings, results: Path) -> Tracker:
         )
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     if problem := unreachable(uri):
-        warning = f"MLflow at {uri or 'no address'}: {problem}; this run is not logged. Later: {LATER}"
+        warning = f"MLflow at {shown(uri) or 'no address'}: {problem}; this run is not logged. Later: {LATER}"
         log.warning("%s", warning)
         return NoTracker(warning)
     return MlflowTracker(uri, settings.experiment)
@@ -294,7 +294,9 @@ class MlflowTracker:
             threading.Thread(target=child.communicate, daemon=True).start()
 
     def _warn(self, problem: str) -> None:
-        warning = f"MLflow at {self._target['uri']}: {problem}; this run is not logged. Later: {LATER}"
+        warning = (
+            f"MLflow at {shown(self._target['uri'] or '')}: {problem}; this run is not logged. Later: {LATER}"
+        )
         self.warnings.append(warning)
         log.warning("%s", warning)
 

@@ -12,13 +12,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import node_cache
+from pipeline import node_cache, numa
 from pipeline.errors import ModelError, ScoreError
 from pipeline.node_cache import Copy, Wanted
 from pipeline.settings import EngineSettings, ProtocolSettings
@@ -72,7 +72,8 @@ class ShardResult:
 
     `nll_sum_nats` is for the progress bar only. `load_s` and `compile_s` are what opening the worker's
     model cost, `model_open_s` is `engine.open` within `load_s`. `committed` is False when another process
-    had published the shard.
+    had published the shard. `idle_s` is the worker's time since it finished its last shard of the run, None
+    when this is its first.
     """
 
     shard: Shard
@@ -87,6 +88,7 @@ class ShardResult:
     path: str
     committed: bool
     model_open_s: float = 0.0
+    idle_s: float | None = None
 
 
 class EvalWorker:
@@ -148,7 +150,7 @@ class EvalWorker:
             self.host,
         )
         opening = time.perf_counter()
-        file = engine.open(path, load=spec.engine.load)
+        file = engine.open(numa.own_copy(str(path)), load=spec.engine.load)
         self.model_open_s = time.perf_counter() - opening
         try:
             queued = time.perf_counter()
@@ -195,6 +197,7 @@ class EvalWorker:
         cache = self.model.new_cache(shape.n_slots, shape.capacity, spec.engine.kv, fleeting=shape.fleeting)
         self.scorer = Scorer(self._decode, cache, shape.n_slots, batch_tokens)
         self.load_s = self.open_s + time.perf_counter() - started
+        self._ended: float | None = None
 
     @property
     def _decode(self) -> Decode:
@@ -225,6 +228,7 @@ class EvalWorker:
         from pipeline.tables import WINDOWS_SCHEMA, table
 
         started = time.perf_counter()
+        idle_s = None if self._ended is None else started - self._ended
         run_dir = Path(self.spec.run_dir)
         windows = self._windows(shard.first_window, shard.end)
         if shard.resumes:
@@ -237,19 +241,21 @@ class EvalWorker:
         committed = store.commit(
             table(rows, WINDOWS_SCHEMA), path, store.shard_meta(shard, self.spec.run_key)
         )
+        self._ended = time.perf_counter()
         return ShardResult(
             shard=shard,
             n_windows=len(windows),
             n_scored=sum(row["n_scored"] for row in rows),
             n_tokens=sum(row["n_tokens"] for row in rows),
             nll_sum_nats=sum(row["nll_sum_nats"] for row in rows),
-            wall_s=time.perf_counter() - started,
+            wall_s=self._ended - started,
             load_s=self.load_s,
             compile_s=self.compile_s,
             worker=self.name,
             path=str(path),
             committed=committed,
             model_open_s=self.model_open_s,
+            idle_s=idle_s,
         )
 
     def memory(self) -> dict[str, Any]:
@@ -292,13 +298,15 @@ class EvalWorker:
         import numpy as np
 
         from pipeline.metrics import window_sums
+        from pipeline.scoring import first_broken
 
         wrong = np.flatnonzero(~np.isfinite(nll))
         if wrong.size:
             position = window.position + int(np.flatnonzero(window.targets >= 0)[wrong[0]])
             raise ScoreError(
                 f"window {window.index}: negative log-likelihood at position {position} is {nll[wrong[0]]}, "
-                f"expected a finite number ({wrong.size} of {nll.size} are not)",
+                f"expected a finite number ({wrong.size} of {nll.size} are not)"
+                f"{first_broken(self.model, window)}",
                 "the model's weights overflow or hold NaN; check the file's SHA-256 and how it was made",
             )
         total, squares = window_sums(nll)
@@ -324,6 +332,17 @@ class EvalWorker:
             "threads": self.spec.engine.threads,
             "batch_tokens": self.spec.engine.batch_tokens,
         }
+
+
+def in_line(specs: Sequence[WorkerSpec]) -> list[WorkerSpec]:
+    """Each told which model the next one wants, should it be another one that is fetched."""
+    line: list[WorkerSpec] = []
+    following = None
+    for spec in reversed(specs):
+        if line and line[-1].model_path != spec.model_path:
+            following = line[-1].wanted
+        line.append(replace(spec, following=following))
+    return line[::-1]
 
 
 def _of_model(spec: WorkerSpec) -> tuple[str, str, EngineSettings]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from fake_engine import BOS, FakeCache, FakeFile, FakeTokenizer
@@ -74,6 +75,8 @@ class FakeComparison:
         files = [base, *variants]
         self.levels = [Path(file.path).read_bytes()[8] for file in files]
         self.batch_tokens = batch_tokens
+        self.models = [SimpleNamespace(batch_tokens=batch_tokens) for _ in files]
+        self.layers_s = np.zeros(len(files))
         type(self).opened.append([Path(file.path).name for file in files])
 
     def new_cache(self, n_slots, capacity, kv="f32", *, fleeting=False):
@@ -109,6 +112,7 @@ def install(monkeypatch):
     install_engine(monkeypatch)
     FakeComparison.tokens, FakeComparison.opened = 0, []
     monkeypatch.setattr(engine, "Comparison", FakeComparison, raising=False)
+    monkeypatch.setattr(engine, "first_broken", lambda model, batch: "tensor 'w' holds nan at [1, 2]")
     monkeypatch.setattr(engine, "is_warm", lambda file: True, raising=False)
     assert FakeFile is engine.open
     return FakeComparison

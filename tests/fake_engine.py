@@ -141,6 +141,7 @@ def install(monkeypatch):
         "open": FakeFile,
         "Tokenizer": FakeTokenizer,
         "check_supported": _check_supported,
+        "first_broken": lambda model, batch: "tensor 'w' holds nan at [1, 2]",
         "footprint": lambda file, *, batch_tokens, n_slots, **_: 1000 * batch_tokens + n_slots,
         "warm_up": lambda file, activations="f32": 0.0,
         "load_model": lambda file, *, batch_tokens=4096, **_: FakeModel(batch_tokens),

@@ -4,8 +4,10 @@
     on_the_spot.py variants that are types         plan.py       pairs, and what is left of each
     worker.py     a shard through all models       decisions.py  when enough was seen
     statistics.py sketch.py bootstrap.py ladder.py sequence.py student.py    figures and their errors
+    sensitivity.py swaps.py proposal.py       which tensors need bits; a mixture for a size
     conclude.py   tables -> figures                record.py     what stays
     run.py        all of it                        report/       what people see
+    logit_files.py to_file.py from_file.py         llama.cpp's 16-bit logits, written and as a base
 
 Importing this package is cheap; what is heavy is imported by `compare`.
 """

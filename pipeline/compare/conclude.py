@@ -85,6 +85,7 @@ def unknown(pair: Pair) -> dict[str, Any]:
         "p_vs_next": None,
         "stopped": False,
         "decided_at": None,
+        "tok_per_s": None,
         "nll_sha256": None,
         "kld_sha256": None,
     }
@@ -134,6 +135,7 @@ def conclusion(
                 "p_vs_next": p,
                 "stopped": stopped,
                 "decided_at": decided_at.get(pair.key),
+                "tok_per_s": _speed(rows[pair.key]),
                 "nll_sha256": metrics.nll_sha256(columns["nll_sum"]),
                 "kld_sha256": metrics.nll_sha256(columns["kld_sum"]),
             }
@@ -217,6 +219,12 @@ def _figures(table: pa.Table, columns: Mapping[str, npt.NDArray[Any]]) -> dict[s
             )
         )
     return figures_of_sums(columns, {name: _sketch(table, name) for name in ("kld", "dp")})
+
+
+def _speed(table: pa.Table) -> float | None:
+    """Tokens that a worker takes through the variant's layers in a second, its head left out."""
+    seconds = float(np.nansum(table.column("layers_s").to_numpy()))
+    return int(_column(table, "n_tokens").sum()) / seconds if seconds > 0 else None
 
 
 def _is_wanted(shard: Shard, counted: Windows) -> bool:

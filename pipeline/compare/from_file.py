@@ -207,11 +207,15 @@ class FileComparison:
 
     Attributes:
         at: the record of the next target; targets come in their order.
+        models: None for the base, then the variants.
+        layers_s: zeros, the time of layers is not known here.
     """
 
     def __init__(self, base: logit_files.LogitFile, models: Sequence[engine.Model]) -> None:
         self.at = 0
         self._base, self._models = base, models
+        self.models = [None, *models]
+        self.layers_s = np.zeros(len(self.models))
 
     def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> Caches:
         """A cache of every model, never a fleeting one: a batch takes several calls."""
@@ -277,7 +281,7 @@ class FromFileWorker(CompareWorker):
         base, *variants = (self._files[model] for model in spec.models)
         how: dict[str, Any] = {
             "threads": spec.engine.threads,
-            "batch_tokens": spec.engine.batch_tokens,
+            "batch_tokens": _one_window(spec).engine.batch_tokens,
             "activations": spec.engine.activations,
         }
         self._base = cast("logit_files.LogitFile", base)
@@ -285,6 +289,9 @@ class FromFileWorker(CompareWorker):
         self.model = cast("engine.Model", FileComparison(self._base, models))  # what differs is `_decode`
         self.file = base
         self.open_s = max(0.0, time.perf_counter() - started - waited_s - compiled_s)
+
+    def _read(self, spec: WorkerSpec) -> None:
+        super()._read(_one_window(spec))
 
     def run(self, shard: Shard) -> ShardResult:
         """As `CompareWorker.run`; the base reads no tokens."""
@@ -297,3 +304,9 @@ class FromFileWorker(CompareWorker):
         """Give all mappings back; the worker cannot score before it is turned to a run again."""
         self.__dict__.pop("_base", None)
         super().close()
+
+
+def _one_window(spec: WorkerSpec) -> WorkerSpec:
+    """A window a batch at most, for each model here has activations and a cache of its own."""
+    fewer = min(spec.engine.batch_tokens, spec.protocol.window)
+    return replace(spec, engine=replace(spec.engine, batch_tokens=fewer))

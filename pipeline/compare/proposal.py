@@ -8,17 +8,20 @@ groups add up; the mixture is evaluated, so what it really costs stands beside w
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import engine
 from pipeline import provenance
 from pipeline.compare.models import Member
 from pipeline.compare.settings import SensitivitySettings
-from pipeline.compare.swaps import Group, kind_of
+from pipeline.compare.swaps import Group, kind_of, overhead, tensor_bytes
 from pipeline.errors import SettingsError, StoreError
 from pipeline.quantize.mixtures import MIXTURES, is_quantizable
+from pipeline.quantize.types import FLOATS
 from pipeline.results import ResultsSettings, Selection, results
 from pipeline.settings import PathsSettings
 
@@ -39,9 +42,8 @@ def target_bytes(
     Raises:
         SettingsError: no choice of groups has that size.
     """
-    n_bytes = sum(tensor.n_bytes for tensor in base.file.tensors.values())
+    n_bytes, rest = tensor_bytes(base), overhead(base, variant)
     per_bit = n_bytes / (base.bpw or 1.0)  # bytes that one more bit per weight takes
-    rest = base.n_bytes - n_bytes
     if settings.target_bytes is not None:
         target, told = settings.target_bytes, f"sensitivity.target_bytes={settings.target_bytes:,}"
     elif settings.target_bpw is not None:
@@ -49,14 +51,14 @@ def target_bytes(
         told = f"sensitivity.target_bpw={settings.target_bpw:g}, {target:,} bytes"
     else:
         return None
-    least = base.n_bytes - sum(max(group.bytes_saved, 0) for group in groups)
+    least = rest + n_bytes - sum(max(group.bytes_saved, 0) for group in groups)
     if least <= target < base.n_bytes:
         return target
     raise SettingsError(
         f"{told}: out of reach: {base.path} has {base.n_bytes:,} bytes, and {least:,} with all that the "
         f"groups of {variant.path} save",
-        f"give sensitivity.target_bytes from {least} to {base.n_bytes - 1}, {(least - rest) / per_bit:.3f} to "
-        f"{base.bpw:.3f} bits per weight, or another variant",
+        f"give sensitivity.target_bytes from {least} to {base.n_bytes - 1} "
+        f"({(least - rest) / per_bit:.3f} to {base.bpw:.3f} bits per weight), or another variant",
     )
 
 
@@ -83,13 +85,15 @@ def chosen(groups: Sequence[Group], entries: Sequence[Mapping[str, Any]], needed
 
 def told(comparison: Planned, mixed: Member, swapped: Sequence[Group], target: int) -> dict[str, Any]:
     """What the summary says of a mixture beside its figures."""
+    made = recipe(comparison.base.file, mixed.file)
     return {
         "target_bytes": target,
         "bytes": mixed.n_bytes,
         "bpw": mixed.bpw,
         "groups": [group.name for group in swapped],
         "n_tensors": sum(len(group.tensors) for group in swapped),
-        **recipe(comparison.base.file, mixed.file),
+        **made,
+        "command": _command(comparison, mixed, made),
         "beside": _plain(comparison, mixed.n_bytes),
     }
 
@@ -118,6 +122,26 @@ def recipe(base: engine.GGUFFile, mixed: engine.GGUFFile) -> dict[str, Any]:
     usual = [name for name, _ in kept.most_common()]
     named = [m.name for name in usual for m in MIXTURES.values() if m.type == name and not m.needs_imatrix]
     return {"type": next(iter(named), None), "tensor_types": rules}
+
+
+def _command(comparison: Planned, mixed: Member, made: Mapping[str, Any]) -> str | None:
+    """The recipe as a shell takes it; None where a type cannot be written."""
+    base, imatrix = comparison.base, comparison.settings.quantize.imatrix
+    if not made["type"] or not made["tensor_types"]:
+        return None
+    rules = ",".join(f'"{rule}"' for rule in made["tensor_types"])
+    words = [
+        f"model.path={base.path}",
+        f"quantize.type={made['type']}",
+        f"quantize.out={Path(base.path).name.removesuffix('.gguf')}-mixture.gguf",
+        f"quantize.tensor_types=[{rules}]",
+    ]
+    changed = mixed.donor.tensors if mixed.donor else ()
+    if any(base.file.tensors[name].type.name not in FLOATS for name in changed):
+        words.append("quantize.allow_requantize=true")
+    if imatrix is not None:
+        words.append(f"quantize.imatrix={imatrix}")
+    return " ".join(["pagemill quantize", *map(shlex.quote, words)])
 
 
 def _pattern(kind: str, names: Sequence[str], *, whole: bool) -> str:

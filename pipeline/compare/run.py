@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline import RunResult, handover
+from pipeline import RunResult, handover, provenance
 from pipeline.cluster import open_executor
 from pipeline.compare import conclude, record, sensitivity
 from pipeline.compare.decisions import Decisions
@@ -242,15 +242,17 @@ def _reported(comparison: Planned, summary: dict[str, Any], rows: dict[str, Any]
         pairs=[report.Pair(pair.variant.name, rows[pair.key]) for pair in comparison.pairs],
         tokens=asked.stream.tokens,
         provenance={
+            "command": _command(comparison),
             "data": s.data.name,
-            "measure": comparison.measure,
+            **{name.replace("_", " "): value for name, value in comparison.measure.items()},
             "base SHA-256": comparison.base.sha256,
             "variants SHA-256": {pair.variant.name: pair.variant.sha256 for pair in comparison.pairs},
             "run key": comparison.run_key,
             "keys and values": s.engine.kv,
             "activations": s.engine.activations,
             "numerics": summary["numerics"],
-            "version": summary["version"],
+            "processor": provenance.cpu_model(),
+            "versions": provenance.versions(),
         },
     )
     try:
@@ -260,6 +262,18 @@ def _reported(comparison: Planned, summary: dict[str, Any], rows: dict[str, Any]
         warning = f"no report: {type(error).__name__}: {error}; the tables are complete"
         return {"warnings": [*summary["warnings"], warning]}
     return {"report": str(path)}
+
+
+def _command(comparison: Planned) -> str:
+    """What to type for the same figures; files by their names, for a page is shown to others."""
+    s, protocol = comparison.settings, comparison.settings.protocol
+    limit = "" if protocol.limit is None else f" protocol.limit={protocol.limit}"
+    stop = f" stop=decided stop.alpha={s.stop.alpha} seed={s.seed}" if s.stop.name == "decided" else ""
+    variants = ",".join(Path(variant).name for variant in s.variants)
+    return (
+        f"pagemill compare base.path={Path(s.base.path).name} 'variants=[{variants}]' data={s.data.name} "
+        f"protocol={protocol.name} protocol.window={protocol.window}{limit}{stop}"
+    )
 
 
 def _reports(summary: dict[str, Any]) -> list[Path]:

@@ -21,7 +21,7 @@ from pipeline.compare import conclude, proposal
 from pipeline.compare.logit_files import FORMAT
 from pipeline.compare.models import Member
 from pipeline.compare.plan import Checked, Planned, begin, beside, check_memory
-from pipeline.compare.swaps import Group, grouped, swapped, that_differ
+from pipeline.compare.swaps import Group, grouped, overhead, swapped, tensor_bytes, that_differ
 from pipeline.compare.worker import states_folder
 from pipeline.errors import SettingsError
 
@@ -124,7 +124,8 @@ def measured(
     }
     if swaps.target_bytes is None:
         return told
-    chosen = proposal.chosen(swaps.groups, entries, base.n_bytes - swaps.target_bytes)
+    needed = overhead(base, variant) + tensor_bytes(base) - swaps.target_bytes
+    chosen = proposal.chosen(swaps.groups, entries, needed)
     names = [tensor for group in chosen for tensor in group.tensors]
     mixed = swapped(base, variant, "mixture", names)
     [figures] = _figures(comparison, [mixed], compute)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -150,12 +150,12 @@ def swapped(base: Member, variant: Member, name: str, tensors: Collection[str]) 
     view = engine.with_tensors(base.file, variant.file, names)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     subject = {**base.subject, "swapped_from": variant.sha256, "swapped_names": digest}
-    n_weights, n_bytes = _sizes(view.tensors.values())
+    n_weights, n_bytes = _sizes(view)
     return replace(
         variant,
         name=name,
         sha256=hashlib.sha256(provenance.canonical_json(subject).encode()).hexdigest(),
-        n_bytes=base.n_bytes + n_bytes - _sizes(base.file.tensors.values())[1],
+        n_bytes=overhead(base, variant) + n_bytes,
         bpw=8 * n_bytes / n_weights,
         file=view,
         subject=subject,
@@ -163,7 +163,17 @@ def swapped(base: Member, variant: Member, name: str, tensors: Collection[str]) 
     )
 
 
-def _sizes(tensors: Iterable[engine.Tensor]) -> tuple[int, int]:
-    """Weights, and bytes of tensor data."""
-    each = [(math.prod(tensor.shape), tensor.n_bytes) for tensor in tensors]
+def tensor_bytes(member: Member) -> int:
+    """Bytes of a file's tensors."""
+    return _sizes(member.file)[1]
+
+
+def overhead(base: Member, variant: Member) -> int:
+    """Bytes of a file of both's tensors beside these: metadata and padding, of whichever has more."""
+    return max(member.n_bytes - tensor_bytes(member) for member in (base, variant))
+
+
+def _sizes(file: engine.GGUFFile) -> tuple[int, int]:
+    """Weights, and bytes of tensors."""
+    each = [(math.prod(tensor.shape), tensor.n_bytes) for tensor in file.tensors.values()]
     return sum(n for n, _ in each), sum(n for _, n in each)

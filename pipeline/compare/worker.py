@@ -167,6 +167,11 @@ class CompareWorker(EvalWorker):
     def _decode(self) -> Decode:
         return cast("engine.Comparison", self.model).compare
 
+    @property
+    def _layers_s(self) -> npt.NDArray[np.float64]:
+        """(M,) seconds that each model has spent on its layers."""
+        return cast("engine.Comparison", self.model).layers_s.copy()
+
     def run(self, shard: Shard) -> ShardResult:
         """Score a shard's windows by all models and publish a file for each pair; the first to publish wins.
 
@@ -183,7 +188,9 @@ class CompareWorker(EvalWorker):
         windows = self._windows(shard.first_window, shard.end)
         if shard.resumes:
             self._go_on(windows[0])
+        before = self._layers_s
         scores = self.scorer.scores(windows)
+        layers_s = (self._layers_s - before) / len(windows)
         if shard.hands_on:  # first: behind a finished shard there are states
             self._leave(shard.end)
         committed = []
@@ -193,7 +200,10 @@ class CompareWorker(EvalWorker):
             if wrong is not None:
                 fault = fault or wrong
                 continue
-            rows = [self._pair_row(w, found, number, shard) for w, found in zip(windows, scores, strict=True)]
+            rows = [
+                self._pair_row(w, found, number, shard) | {"layers_s": float(layers_s[number])}
+                for w, found in zip(windows, scores, strict=True)
+            ]
             path = Path(pair.run_dir) / shard.file_name
             meta = store.shard_meta(shard, pair.key)
             committed.append(store.commit(table(rows, TOKENS_SCHEMA), path, meta))
@@ -258,6 +268,8 @@ class CompareWorker(EvalWorker):
         """What is not finite of the base's scores, or of the variant's with that number."""
         import numpy as np
 
+        from pipeline.scoring import first_broken
+
         models = self.spec.models
         for row, model in ((0, 0), (number, number), (len(models) + number - 1, number)):
             wrong = np.flatnonzero(~np.isfinite(found[row]))
@@ -268,10 +280,14 @@ class CompareWorker(EvalWorker):
                 return ScoreError(
                     f"window {window.index}: {what} of {name} at position {position} is "
                     f"{found[row, wrong[0]]}, expected a finite number ({wrong.size} of "
-                    f"{found.shape[-1]} are not)",
+                    f"{found.shape[-1]} are not){first_broken(self._model(model), window)}",
                     "the model's weights overflow or hold NaN; check the file's SHA-256 and how it was made",
                 )
         return None
+
+    def _model(self, rank: int) -> engine.Model:
+        """The base for 0, or a variant."""
+        return cast("engine.Comparison", self.model).models[rank]
 
     def _pair_row(
         self, window: Window, found: npt.NDArray[np.float64], number: int, shard: Shard

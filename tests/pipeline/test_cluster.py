@@ -16,7 +16,6 @@ from pipeline import runtime
 from pipeline.cluster import InlineExecutor, RayExecutor, open_executor
 from pipeline.errors import ClusterUnreachable
 from pipeline.executor import Queue, ShardFailure, Task
-from pipeline.ray_pool import spread
 from pipeline.settings import ClusterSettings, EngineSettings
 from pipeline.shards import Shard, plan
 
@@ -168,22 +167,6 @@ def test_running_before_starting_is_a_wrong_call(executor: InlineExecutor | RayE
     with pytest.raises(RuntimeError, match="before start"):
         executor.run([], lambda *_: None)
     executor.close()
-
-
-@pytest.mark.parametrize(
-    ("capacity", "wanted", "places"),
-    [
-        ({"a": 2, "b": 1}, None, ["a", "b", "a"]),
-        ({"a": 2, "b": 2}, 2, ["a", "b"]),
-        ({"a": 0, "b": 1}, 3, ["b"]),
-        ({"a": 3}, 2, ["a", "a"]),
-        ({}, 2, []),
-    ],
-)
-def test_workers_are_spread_over_nodes_before_they_share_one(
-    capacity: dict[str, int], wanted: int | None, places: list[str]
-) -> None:
-    assert spread(capacity, wanted) == places
 
 
 @pytest.mark.parametrize(

@@ -26,40 +26,11 @@ from pipeline.errors import ClusterUnreachable
 from pipeline.executor import Task
 from pipeline.settings import ClusterSettings, EngineSettings
 from pipeline.shards import plan
+from tests.pipeline.ray_script import ROOT, script_environment
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[2]
 FAKE = "tests.pipeline.fake_workers:FakeWorker"
-TOKEN = "0" * 40
-
-
-def script_environment() -> dict[str, str]:
-    """Of a script of these tests, run from the checkout."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Head of a cluster with two CPUs that is not ours; this process joins it by loopback, with its token."""
-    temp_dir = tempfile.mkdtemp(prefix="pmh", dir="/tmp")
-    head = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/pipeline/ray_head.py"), temp_dir],
-        cwd=ROOT,
-        env=script_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.chdir(ROOT)  # workers import the fake one from here
-        assert head.stdout is not None
-        yield head.stdout.readline().strip()
-    head.communicate(timeout=30)
-    shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 @pytest.fixture

@@ -135,7 +135,9 @@ def test_each_model_is_opened_once_and_each_text_is_read_once_for_it(
         EvalWorker, "_open", lambda self, spec: (opened.append(spec.model_path), real_open(self, spec))[1]
     )
     monkeypatch.setattr(
-        preflight, "load_text", lambda data, *rest, **more: (read.append(data.path), real_load(data, *rest))[1]
+        preflight,
+        "load_text",
+        lambda data, *rest, **more: (read.append(data.path), real_load(data, *rest))[1],
     )
     assert evaluate_all(grid(files)).exit_code == 0
     assert [Path(path).name for path in opened] == ["m0.gguf", "m1.gguf"]

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,3 +159,52 @@ def test_many_nodes_that_differ_are_counted() -> None:
         VersionCheck(FakeRay({node["NodeID"]: wrong for node in nodes})).require(nodes)
     assert "and 4 more" in str(refused.value)
     assert "ray 1.0, expected" in str(refused.value)
+
+
+ROOT = Path(__file__).parents[2]
+ANOTHER_NUMBA = """
+import importlib.metadata
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.1" if name == "numba" else version(name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_command_on_a_cluster_with_another_numba_is_refused(tmp_path: Path) -> None:
+    """The node's processes, and no other ones, see the other version."""
+    (tmp_path / "sitecustomize.py").write_text(ANOTHER_NUMBA)
+    temp_dir = tempfile.mkdtemp(prefix="pmv", dir="/tmp")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 40,
+    }
+    head = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/pipeline/ray_head.py"), temp_dir],
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert head.stdout is not None
+        address = head.stdout.readline().strip()
+        command = [
+            sys.executable, "-m", "jobs.perplexity", "cluster=ray", f"cluster.address={address}",
+            "data=pydoc", "tracking=none", f"model.path={ROOT}/tests/data/mamba-tiny-q8_0.gguf",
+            "protocol.limit=8", f"paths.results={tmp_path}/results", f"paths.cache={tmp_path}/cache",
+        ]  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    finally:
+        head.communicate(timeout=30)
+        shutil.rmtree(temp_dir, ignore_errors=True)
+    assert done.returncode == 2, done.stderr
+    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    assert error["type"] == "ClusterUnreachable"
+    said = (
+        r"1 of 1 nodes do not run what the driver runs: node .* [(]127[.]0[.]0[.]1, .*numba 0[.]1, expected"
+    )
+    assert re.search(said, error["message"])
+    assert not list((tmp_path / "results").rglob("shard-*.parquet"))

@@ -24,7 +24,8 @@ class Targets(NamedTuple):
     Attributes:
         row: which of the table's rows a target is in.
         place: where it is in the token stream.
-        position: tokens before it: of its window, or of its document where windows carry on (`is_carried`).
+        position: tokens before it: of its window, or of its document where windows carry on (`is_carried`),
+            a BOS counted.
         nll_base, nll, kld: nats.
         top_base, top: ids of the most likely tokens.
     """
@@ -61,11 +62,11 @@ def targets(windows: pa.Table) -> Targets | None:
     lists = {
         name: pc.list_flatten(kept[name]).to_numpy().astype(kinds.get(name, np.float64)) for name in LISTS
     }
-    begin = _column(kept, "first_token", np.int64)
     is_carried = "distance" in kept.column_names and kept["distance"].null_count == 0
-    if is_carried:
-        begin -= _column(kept, "distance", np.int64)
-    position = place - np.repeat(begin, counts)
+    if is_carried:  # a document's first token, or its BOS, is not scored (protocols/carry.py)
+        position = np.repeat(np.maximum(_column(kept, "distance", np.int64), 1), counts) + rank
+    else:
+        position = place - np.repeat(_column(kept, "first_token", np.int64), counts)
     return Targets(np.repeat(rows, counts), place, position, **lists, is_carried=is_carried)
 
 

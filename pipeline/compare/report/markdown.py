@@ -48,7 +48,7 @@ def _swapped(summary: Mapping[str, Any], base: str) -> list[str]:
     rows = [[_cell(c.heading) for c in columns], [":--", *["--:"] * (len(columns) - 1)]]
     rows += [[_cell(c.cell(entry)) for c in columns] for entry in entries]
     said = "\n".join(f"- {_cell(sentence)}" for sentence in swaps.sentences(summary, base))
-    made = swaps.recipe(summary, str(summary["base"]["path"]))
+    made = swaps.command(summary)
     parts = [f"### {swaps.TITLE}", said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
     return [part for part in [*parts, f"```sh\n{made}\n```" if made else ""] if part]
 

@@ -303,8 +303,9 @@ def sensitivity(content: Content) -> str:
     rows = []
     for e in entries:
         name = escape(str(e["group"]))
-        keys_of = [(c, None if isinstance(e.get(c.key), Mapping) else e.get(c.key)) for c in columns[1:]]
-        cells = "".join(_cell(c.heading, c.cell(e), key, is_text=False) for c, key in keys_of)
+        cells = "".join(
+            _cell(c.heading, c.cell(e), swaps.value(e, c.key), is_text=False) for c in columns[1:]
+        )
         rows.append(f'<tr><th scope="row" data-value="{name}">{name}</th>{cells}</tr>')
     heads = [(c.heading, c.key == "group") for c in columns]
     variant = swaps.variant_of(summary)
@@ -322,7 +323,7 @@ def sensitivity(content: Content) -> str:
             f"{e['group']} {e['kld_per_mb']:.4g}" for e in entries if e["kld_per_mb"] is not None
         )
         parts.insert(-1, content.picture(spec, caption, told))
-    if made := swaps.recipe(summary, str(summary["base"]["path"])):
+    if made := swaps.command(summary):
         said = "The command that makes the mixture"
         parts.append(f"<details><summary>{said}</summary>\n<p><code>{escape(made)}</code></p></details>")
     return _section(swaps.TITLE, *parts)

@@ -77,6 +77,12 @@ def is_measured(summary: Mapping[str, Any]) -> bool:
     return bool(found) and "kld_mean" in found[0]
 
 
+def value(entry: Mapping[str, Any], key: str) -> float | None:
+    """What a column sorts by."""
+    slope = entry.get("kld_by_position") or {}
+    return number(slope, "nats_per_1000_tokens") if key == "kld_by_position" else number(entry, key)
+
+
 def telling(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     """The columns that say something."""
     return [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
@@ -90,6 +96,12 @@ def names(summary: Mapping[str, Any]) -> dict[str, str]:
 def variant_of(summary: Mapping[str, Any]) -> str:
     """Name of the variant that the tensors are from."""
     return next((str(v["name"]) for v in summary["variants"]), "the variant")
+
+
+def command(summary: Mapping[str, Any]) -> str | None:
+    """What makes the mixture's file; None where there is none, or where it cannot be written."""
+    mixture = summary.get("mixture")
+    return mixture["command"] if mixture else None
 
 
 def sentences(summary: Mapping[str, Any], base: str) -> list[str]:
@@ -115,8 +127,9 @@ def _extremes(summary: Mapping[str, Any]) -> str:
         return ""
     most, least = known[0], known[-1]
     return (
-        f"Of {variant_of(summary)} in the base's place, {most['group']} costs the most divergence for each "
-        f"byte saved ({_per_mb(most)} nats/MB), {least['group']} the least ({_per_mb(least)})."
+        f"Of the tensors of {variant_of(summary)} put in the base's places, {most['group']} cost the most "
+        f"divergence for each byte saved ({_per_mb(most)} nats/MB), {least['group']} the least "
+        f"({_per_mb(least)})."
     )
 
 
@@ -170,16 +183,3 @@ def _beside(summary: Mapping[str, Any]) -> str:
     if not plain:
         return "No plain variant of that size was compared with this base on these windows yet."
     return f"Beside it, plain variants next to that size: {'; '.join(plain)}."
-
-
-def recipe(summary: Mapping[str, Any], base_path: str) -> str | None:
-    """The command that makes the mixture's file; None where there is none."""
-    mixture = summary.get("mixture")
-    if not mixture or not mixture["tensor_types"] or not mixture["type"]:
-        return None
-    name = base_path.rpartition("/")[2].removesuffix(".gguf")
-    rules = ",".join(f'"{rule}"' for rule in mixture["tensor_types"])
-    return (
-        f"pagemill quantize model.path={base_path} quantize.type={mixture['type']} "
-        f"quantize.out={name}-mixture.gguf 'quantize.tensor_types=[{rules}]'"
-    )

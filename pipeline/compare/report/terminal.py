@@ -90,7 +90,7 @@ def _print_swaps(summary: Mapping[str, Any], base: str, console: Console) -> Non
         console.print(f"and {len(entries) - _GROUPS} more, which are in the report", style="dim")
     for sentence in swaps.sentences(summary, base):
         console.print(escape(sentence))
-    if made := swaps.recipe(summary, str(summary["base"]["path"])):
+    if made := swaps.command(summary):
         console.print(escape(made), soft_wrap=True)
 
 
