@@ -23,11 +23,14 @@ MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 SPEED_MODELS ?= models/speed
 SPEED_OPTIONS ?=
 
+# Of `make soak`, in which workers and the driver are killed; CI takes 90.
+SOAK_SECONDS ?= 1800
+
 export PAGEMILL_TEST_MODEL ?= $(abspath $(MODEL))
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install dev model demo test test-full check bench bench-full speed notebooks mlflow ci clean
+.PHONY: help install dev model demo test test-full check bench bench-full soak speed notebooks mlflow ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do
@@ -62,6 +65,9 @@ bench-full: dev model  ## the same in every shape and number of threads, and a w
 	$(BIN)/python -m jobs.bench_kernels --all '$(MODEL)'
 	$(BIN)/pagemill perplexity model.path='$(MODEL)' data=pydoc protocol.limit=40 tracking=none \
 		paths.results="$$(mktemp -d)"
+
+soak: dev model  ## half an hour of kills on a local cluster: nothing lost, nothing twice, the same bits
+	$(BIN)/python -m jobs.soak '$(MODEL)' --seconds '$(SOAK_SECONDS)'
 
 speed: $(VENV)/.speed-installed model  ## beside two peers in eight types, an hour: the README's section, the roofline
 	$(BIN)/python -m jobs.speed '$(MODEL)' --folder '$(SPEED_MODELS)' --results '$(RESULTS)' $(SPEED_OPTIONS)

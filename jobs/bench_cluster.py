@@ -198,7 +198,7 @@ class Sleeper:
 
 
 def driving(seconds: float, per_minute: int = 1000) -> dict[str, float]:
-    """The driver's part of a core at a pace, everything that a run does with a result aside from its files."""
+    """The driver's part of a core at a pace, with all that a run does with a result but its files."""
     n_windows = max(2 * N_WORKERS, int(per_minute * seconds / 60))
     spec: Any = {"seconds": 60 / per_minute * N_WORKERS}
     tasks = [Task(spec, shard) for shard in plan(n_windows, ClusterSettings().windows_per_shard)]

@@ -56,9 +56,10 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def is_path_key(key: str) -> bool:
-    """Whether the value is a path: by its last part, or all of `paths`; never Hydra's own keys."""
+    """Whether the value is a path: by its last part, or those of `paths`; never Hydra's own keys."""
     head, _, last = key.lstrip("+").rpartition(".")
-    return bool(head) and not key.startswith("hydra") and (last in PATH_ENDINGS or head == "paths")
+    in_paths = head == "paths" and not last.endswith("limit")
+    return bool(head) and not key.startswith("hydra") and (last in PATH_ENDINGS or in_paths)
 
 
 def literal(text: str) -> str:

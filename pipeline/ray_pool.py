@@ -46,6 +46,7 @@ HEAD_TIMEOUT_S = 15.0  # without an answer of the head; see above, and closing t
 MEMORY_TIMEOUT_S = 30.0
 REPLACED_TIMEOUT_S = 5.0  # for workers that are just being replaced when memory is measured
 VMSTAT = Path("/proc/vmstat")
+WORKER_BACK, NODE_LOST = "worker_back", "node_lost"
 
 log = logging.getLogger(__name__)
 
@@ -287,7 +288,12 @@ class Pool:
         """Actors of nodes that are gone are lost, places without an actor get one."""
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         alive = {node["NodeID"] for node in nodes}
-        for actor in [actor for actor in self._actors if actor.node not in alive]:
+        gone = [actor for actor in self._actors if actor.node not in alive]
+        for node, n in Counter(actor.node for actor in gone).items():
+            fields: dict[str, events.Value] = {"node": node[:8], "workers": n}
+            events.tell(NODE_LOST, f"node {node[:8]} is gone", fields, level=logging.WARNING)
+            self._losses.pop(node, None)
+        for actor in gone:
             self._end(actor, LetGo(f"node {actor.node[:8]} is gone"))
         wanted = Counter(self._places_for(nodes)) - self._given_up
         have = Counter(actor.place for actor in self._actors)
@@ -408,7 +414,8 @@ class Pool:
             self._next_look = 0.0
         if lost := self._losses.get(node):
             recovery_s = time.monotonic() - lost.popleft()
-            log.info("node %s has its worker back after %.1f s", node[:8], recovery_s)
+            fields: dict[str, events.Value] = {"node": node[:8], "recovery_s": round(recovery_s, 3)}
+            events.tell(WORKER_BACK, f"node {node[:8]} has a worker back after {recovery_s:.1f} s", fields)
         n_kills = int(info.get("oom_kills", 0))
         if work is not None:
             work.learned(node, is_oom=n_kills > self._oom_kills.get(node, n_kills))

@@ -149,8 +149,8 @@ def _pattern(kind: str, names: Sequence[str], *, whole: bool) -> str:
     end = rf"{re.escape(kind)}\.weight$"
     if not names[0].startswith("blk."):
         return f"^{end}"
-    layers = r"\d+" if whole else f"({'|'.join(name.split('.')[1] for name in names)})"
-    return rf"^blk\.{layers}\.{end}"
+    layers = "|".join(map(str, sorted(int(name.split(".")[1]) for name in names)))
+    return rf"^blk\.\d+\.{end}" if whole else rf"^blk\.({layers})\.{end}"
 
 
 def _plain(comparison: Planned, n_bytes: int) -> list[dict[str, Any]]:

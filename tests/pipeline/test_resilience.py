@@ -51,12 +51,12 @@ def medians() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Any]:
     """A cluster in processes of this one, whose head has two CPUs, and which nodes can join and leave."""
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.setenv(name, script_environment()[name])
         patch.chdir(ROOT)
+        from ray.cluster_utils import Cluster  # reads the environment
+
         cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     yield cluster
     cluster.shutdown()
@@ -79,23 +79,23 @@ class Run:
         return settings_of(self.folder, "results", ClusterSettings("ray", **options))
 
     def disturbed(self, act: Callable[[], None], **cluster: Any) -> dict[str, Any]:
-        """The summary of a run during which `act` runs in a thread."""
-        failed: list[BaseException] = []
+        """The summary of a run, in a thread, during which `act` is called."""
+        ended: list[Any] = []
 
-        def acting() -> None:
+        def evaluating() -> None:
             try:
-                act()
+                ended.append(evaluate(self.settings(**cluster)).summary)
             except BaseException as error:
-                failed.append(error)
+                ended.append(error)
 
-        thread = threading.Thread(target=acting)
+        thread = threading.Thread(target=evaluating)
         thread.start()
         try:
-            summary = evaluate(self.settings(**cluster)).summary
+            act()
         finally:
             thread.join()
-        assert not failed, failed
-        return summary
+        assert isinstance(ended[0], dict), ended
+        return ended[0]
 
     def marks(self) -> list[tuple[int, int]]:
         """(first window, process) of each attempt so far."""
@@ -155,7 +155,7 @@ def when(caplog: pytest.LogCaptureFixture, words: str) -> list[float]:
 
 def after(caplog: pytest.LogCaptureFixture, since: float, what: str) -> None:
     """Note how long detection and recovery took, for `what` at `since`; a minute is generous."""
-    for step, words in [("detected", "event=worker_lost"), ("recovered", "has its worker back")]:
+    for step, words in [("detected", "event=worker_lost"), ("recovered", "event=worker_back")]:
         times = [moment - since for moment in when(caplog, words) if moment > since]
         assert times, f"not {step}"
         assert times[0] < 60
@@ -182,7 +182,7 @@ def test_all_killed_at_once_and_then_one_hangs(run: Run, caplog: pytest.LogCaptu
     run.same(summary)
     after(caplog, moments["killed"], "all workers killed")
     hung = [moment - moments["stopped"] for moment in when(caplog, "no answer for")]
-    assert len(hung) == 1 or when(caplog, "is slow,"), "it was neither ended nor helped"
+    assert hung or when(caplog, "is slow,"), "it was neither ended nor helped"
     if hung:
         TIMES["a worker stopped: detected"].append(hung[0])
     assert max(Counter(first for first, _ in run.marks()).values()) <= 3
@@ -236,7 +236,8 @@ def test_a_worker_that_hangs_is_ended(
         until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 60)
 
     run.same(run.disturbed(act))
-    assert len(when(caplog, "no answer for")) == 1
+    assert len(when(caplog, "event=worker_lost")) == 1
+    assert when(caplog, "no answer for")
     after(caplog, stopped[0], "a worker stopped")
 
 
@@ -270,8 +271,7 @@ def test_a_worker_that_the_kernel_ends_for_memory_gets_smaller_batches(
 
     def act() -> None:
         (pid, *_) = run.workers(2, marks=4)
-        (group / "memory.limit_in_bytes").write_text(str(1 << 20))
-        (group / "memory.move_charge_at_immigrate").write_text("1")
+        (group / "memory.limit_in_bytes").write_text("4096")  # what it has is not counted, the next page is
         (group / "cgroup.procs").write_text(str(pid))
         until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 60)
 
@@ -290,7 +290,7 @@ def test_a_node_that_joins_is_used_and_one_that_dies_is_done_without(
     run: Run, head: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     run.address = head.address
-    prepare(run.folder, seconds=1.0)
+    prepare(run.folder, seconds=3.0)
     moments = {}
 
     def act() -> None:
@@ -302,13 +302,13 @@ def test_a_node_that_joins_is_used_and_one_that_dies_is_done_without(
         moments["killed"] = time.time()
         end_node(node, "kill_raylet")
         head.worker_nodes.discard(node)
-        until(lambda: when(caplog, "is gone"), 90)
+        until(lambda: when(caplog, "event=node_lost"), 90)
 
     run.same(run.disturbed(act))
     TIMES["a node that joins: used"].append(moments["used"] - moments["joined"])
     assert moments["used"] - moments["joined"] < 60
     lost = [moment - moments["killed"] for moment in when(caplog, "event=shard_retried")]
-    gone = [moment - moments["killed"] for moment in when(caplog, "is gone")]
+    gone = [moment - moments["killed"] for moment in when(caplog, "event=node_lost")]
     assert lost
     assert lost[0] < 60
     TIMES["a node killed: its shard given back"].append(lost[0])
@@ -319,11 +319,11 @@ def test_a_node_that_joins_is_used_and_one_that_dies_is_done_without(
 def test_a_driver_without_a_head_ends_in_time_and_the_run_goes_on_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.cluster_utils import Cluster
-
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, script_environment()[name])
     monkeypatch.chdir(ROOT)
+    from ray.cluster_utils import Cluster  # reads the environment
+
     own = Cluster(initialize_head=True, head_node_args=HEAD)
     run = Run(tmp_path, own.address)
     prepare(tmp_path, seconds=1.0)
