@@ -155,9 +155,7 @@ class RayExecutor:
         if self._metrics is not None:
             events.stop_listening(self._metrics)
         if ray is not None:
-            if (
-                pool is not None and self._settings.kind == "ray"
-            ):  # a Ray of our own ends with all its processes
+            if pool is not None:
                 pool.kill()
             ray.shutdown()
         if self._temp_dir is not None:

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pipeline import events
+from pipeline.errors import IncompleteError
 
 if TYPE_CHECKING:
     from pipeline.shards import Shard
     from pipeline.worker import ShardResult, WorkerSpec
 
 WORKER = "pipeline.worker:EvalWorker"
+_NAMED_AT_MOST = 5
 MAX_KILLS = 3  # processes that a shard may end before it is set aside
 
 log = logging.getLogger(__name__)
@@ -266,6 +268,31 @@ def set_aside(task: Task, kind: str, cause: str, attempts: int) -> ShardFailure:
     """Record and report a shard that will not be finished."""
     events.shard_set_aside(task, kind, cause, attempts)
     return ShardFailure(task, kind, cause, attempts)
+
+
+def shards_missing(
+    what: str, names: Mapping[Shard, str], failures: Sequence[ShardFailure]
+) -> IncompleteError:
+    """The error of a run that lacks shards.
+
+    Args:
+        what: the beginning of its message.
+        names: of the shards, for the message.
+    """
+    causes = {failure.shard: failure for failure in failures}
+    told = []
+    for shard, name in list(names.items())[:_NAMED_AT_MOST]:
+        failure = causes.get(shard)
+        why = "was not finished"
+        if failure is not None:
+            why = f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
+        told.append(f"{name}: {why}")
+    if len(names) > _NAMED_AT_MOST:
+        told.append(f"and {len(names) - _NAMED_AT_MOST} more")
+    return IncompleteError(
+        f"{what}: {'; '.join(told)}",
+        "finished shards are kept: remove the cause and run the same command again",
+    )
 
 
 def describe(error: BaseException) -> str:

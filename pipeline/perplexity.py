@@ -19,12 +19,12 @@ from pipeline import RunResult, handover, metrics, provenance, store
 from pipeline.cluster import open_executor, plan_of
 from pipeline.errors import IncompleteError, PipelineError
 from pipeline.estimate import Estimator, need_of
-from pipeline.executor import ShardFailure, Task
+from pipeline.executor import ShardFailure, Task, shards_missing
 from pipeline.memory import process_memory
 from pipeline.preflight import NotFetched, Preflight, Prepared
 from pipeline.record import Journal
 from pipeline.settings import ClusterSettings, PerplexitySettings
-from pipeline.shards import n_abreast
+from pipeline.shards import Shard, n_abreast
 from pipeline.topology import usable_cores
 from pipeline.tracking import open_tracker
 from pipeline.worker import ShardResult, in_line
@@ -32,7 +32,6 @@ from pipeline.worker import ShardResult, in_line
 if TYPE_CHECKING:
     from pipeline.progress import Progress
 
-_NAMED_AT_MOST = 5
 _MEMORY_EVERY_S = 1.0  # the kernel takes tens of milliseconds to add up a process's pages
 
 HEADLINES = (
@@ -431,19 +430,9 @@ def _figures(scoring: Scoring, n_workers: int, memory: list[dict[str, Any]]) -> 
     }
 
 
-def incomplete(ready: Prepared, missing: Sequence[Any], failures: Sequence[ShardFailure]) -> IncompleteError:
+def incomplete(
+    ready: Prepared, missing: Sequence[Shard], failures: Sequence[ShardFailure]
+) -> IncompleteError:
     """What is told of a run that lacks shards: which, and why."""
-    causes = {failure.shard: failure for failure in failures}
-    named = []
-    for shard in missing[:_NAMED_AT_MOST]:
-        failure = causes.get(shard)
-        why = "was not finished"
-        if failure is not None:
-            why = f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
-        named.append(f"{shard.file_name}: {why}")
-    if len(missing) > _NAMED_AT_MOST:
-        named.append(f"and {len(missing) - _NAMED_AT_MOST} more")
-    return IncompleteError(
-        f"{len(missing)} of {len(ready.shards)} shards were set aside: " + "; ".join(named),
-        "finished shards are kept: remove the cause and run the same command again",
-    )
+    what = f"{len(missing)} of {len(ready.shards)} shards were set aside"
+    return shards_missing(what, {shard: shard.file_name for shard in missing}, failures)

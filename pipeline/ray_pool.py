@@ -17,20 +17,18 @@ needs the head hangs until then: it is asked first, by a connection, and the run
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import events, numa
+from pipeline import events
 from pipeline.attempts import Attempt, Attempts
 from pipeline.errors import ClusterUnreachable, IncompleteError
-from pipeline.executor import Host, OnResult, ShardFailure, Task, describe
-from pipeline.runtime import setup_logging
+from pipeline.executor import OnResult, ShardFailure, Task, describe
+from pipeline.hosted import Hosted
 
 if TYPE_CHECKING:
     from pipeline.placement import Place
@@ -45,7 +43,6 @@ LOOK_S = 2.0  # between two looks at the cluster
 HEAD_TIMEOUT_S = 15.0  # without an answer of the head; see above, and closing takes up to 25 s then
 MEMORY_TIMEOUT_S = 30.0
 REPLACED_TIMEOUT_S = 5.0  # for workers that are just being replaced when memory is measured
-VMSTAT = Path("/proc/vmstat")
 WORKER_BACK, NODE_LOST = "worker_back", "node_lost"
 
 log = logging.getLogger(__name__)
@@ -56,24 +53,6 @@ PlacesFor = Callable[[Sequence[Mapping[str, Any]]], Sequence["Place"]]
 
 class LetGo(Exception):
     """The pool made an end of an actor: its worker hung, or its node is gone."""
-
-
-class Hosted(Host):
-    """What an actor holds. A probe makes the worker, so that its errors arrive as ordinary ones.
-
-    The process is bound to its place's CPUs before anything imports Numba, which counts them.
-    """
-
-    def __init__(self, factory: str, place: Place) -> None:
-        if place.cpus:
-            os.sched_setaffinity(0, place.cpus)
-        numa.use(place.mirror)
-        setup_logging()
-        super().__init__(factory)
-
-    def ready(self, specs: Sequence[WorkerSpec]) -> dict[str, Any]:
-        """See `Host.ready`; `oom_kills` are processes that this host ended for want of memory."""
-        return {**super().ready(specs), "oom_kills": oom_kills()}
 
 
 @dataclass(eq=False)
@@ -228,10 +207,15 @@ class Pool:
         return measured
 
     def kill(self) -> None:
-        """End all actors."""
-        for actor in self._actors:
-            self._ray.kill(actor.handle, no_restart=True)
-        self._actors, self._idle, self._calls = {}, {}, {}
+        """End all actors, and let go of all that is Ray's.
+
+        Numbers of actors and calls are the same in the next Ray of this process: a handle of this one that
+        is collected then ends an actor of that one.
+        """
+        for actor in list(self._actors):
+            self._drop(actor)
+        self._ended.clear()
+        self._last_loss = None
 
     def _hand_out(self, work: Attempts) -> None:
         """A task for every actor that is ready and has none, of the file that it has open if possible."""
@@ -376,9 +360,9 @@ class Pool:
             try:
                 result = self._ray.get(ref)
             except errors.RayTaskError as raised:
-                error, is_ours = raised.cause or raised, True
+                error, is_ours = raised.cause or raised.with_traceback(None), True
             except errors.RayError as raised:
-                error = raised
+                error = raised.with_traceback(None)  # else it and this frame hold each other, and references
             if error is not None and not is_ours:
                 self._lost(actor, error)
             elif attempt is not None:
@@ -466,17 +450,9 @@ class Pool:
             del self._calls[actor.call]
             actor.call = actor.attempt = None
         self._ray.kill(actor.handle, no_restart=True)
+        actor.handle = None
         self._last_loss = error or self._last_loss
         self._next_look = 0.0
-
-
-def oom_kills() -> int:
-    """Processes that this host's kernel ended for want of memory since it started."""
-    try:
-        fields = dict(line.split() for line in VMSTAT.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(fields.get("oom_kill", 0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

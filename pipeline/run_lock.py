@@ -6,20 +6,21 @@ Nothing but time depends on this: should two drivers get past it, the store keep
 shard, and both files hold the same bits. A lock whose driver ended without a word is stale and is taken over.
 On the driver's own host the kernel knows whether the process is there. Elsewhere, on a shared file system, a
 heartbeat that does not change while it is watched for `STALE_S` is taken for none; clocks of two hosts are
-never compared.
+never compared. Locks are made and put away by one driver at a time, where the folder can be locked.
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import logging
 import os
 import socket
 import threading
 import time
-import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,15 +66,21 @@ class RunLocks:
         """
         lock, was_taken_over = folder / NAME, False
         try:
-            while not store.publish(lock, lambda file: file.write(_own().encode())):
+            while not self._publish(lock):
                 was_taken_over = _take_over(lock) or was_taken_over
-            self._held[lock] = lock.stat().st_ino
         except OSError as error:
             raise StorageFailure(f"{lock}: cannot be written: {error.strerror}", "make room there") from error
         if self._beating is None:
             self._beating = threading.Thread(target=self._beat, name="run locks", daemon=True)
             self._beating.start()
         return was_taken_over
+
+    def _publish(self, lock: Path) -> bool:
+        with _alone(lock.parent):
+            if not store.publish(lock, lambda file: file.write(_own().encode())):
+                return False
+            self._held[lock] = lock.stat().st_ino
+        return True
 
     def close(self) -> None:
         """Unlock all; may be called twice."""
@@ -128,19 +135,28 @@ def _take_over(lock: Path) -> bool:
             "wait until it ends, or end it; the same command then goes on from the shards that are finished",
             kind="RunBusy",
         )
-    aside = lock.with_name(f"{NAME}.{uuid.uuid4().hex}")
-    try:
-        lock.rename(aside)
-    except FileNotFoundError:
-        return False
-    if aside.stat().st_ino != seen.st_ino:  # a third driver was faster, and this is its lock
-        with suppress(FileExistsError):
-            os.link(aside, lock)
-        aside.unlink()
-        return False
-    aside.unlink()
+    with _alone(lock.parent):
+        try:
+            now = lock.stat()
+        except FileNotFoundError:
+            return False
+        if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+            return False  # a third driver was faster, and this is its lock
+        lock.unlink()
     log.warning("%s: the lock of driver %s was stale (%s) and is taken over", lock, who, how)
     return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One driver at a time is in here; all are, on a file system that locks no folders."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _beats(lock: Path, seen: os.stat_result) -> bool:

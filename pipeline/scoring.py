@@ -46,7 +46,7 @@ class Scorer:
     def __init__(self, decode: Decode, cache: Any, n_slots: int, batch_tokens: int) -> None:
         self.cache = cache
         self.slot = 0
-        self._score, self._n_slots, self._batch_tokens = decode, n_slots, batch_tokens
+        self.decode, self._n_slots, self._batch_tokens = decode, n_slots, batch_tokens
 
     def scores(self, windows: Sequence[Window]) -> list[Scores]:
         """(..., n_scored) float64 per window.
@@ -91,5 +91,5 @@ class Scorer:
         pieces = []
         for at in range(0, columns[0].size, self._batch_tokens):
             tokens, positions, slots, targets = (column[at : at + self._batch_tokens] for column in columns)
-            pieces.append(self._score(engine.Batch(tokens, positions, slots, targets=targets), self.cache))
+            pieces.append(self.decode(engine.Batch(tokens, positions, slots, targets=targets), self.cache))
         return np.concatenate(pieces, axis=-1)

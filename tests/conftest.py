@@ -10,7 +10,8 @@ from hypothesis import settings
 
 # Before anything imports Ray or MLflow, and inherited by the processes that tests start.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray listens on 127.0.0.1 only
-os.environ["RAY_AUTH_MODE"] = "disabled"  # and writes no token into the home folder
+os.environ["RAY_AUTH_MODE"] = "token"  # read once by a process, so all tests have to have the same
+os.environ["RAY_AUTH_TOKEN"] = "0" * 40  # given here, none is written into the home folder
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

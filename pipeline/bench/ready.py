@@ -159,7 +159,7 @@ def _timed(spec: WorkerSpec) -> dict[str, float]:
     began = time.perf_counter()
     worker = EvalWorker(spec)
     made = time.perf_counter()
-    worker.model.nll = watched("nll", worker.model.nll)  # type: ignore[method-assign]
+    worker.scorer.decode = watched("nll", worker.scorer.decode)
     worker.run(Shard(0, 1))
     stream = made - began - sum(seconds[stage] for stage in ("digest", "open", "kernels", "model"))
     score = seconds.pop("nll")

@@ -17,11 +17,10 @@ from pipeline.compare.settings import FIGURES
 from pipeline.compare.sketch import Sketch, merged
 from pipeline.compare.statistics import EXTREMES, SUMS, Rung, Targets, figures, figures_of_sums, neighbours
 from pipeline.errors import IncompleteError
-from pipeline.executor import ShardFailure
+from pipeline.executor import ShardFailure, shards_missing
 from pipeline.shards import Shard
 from pipeline.tables import TOKENS_SCHEMA
 
-_NAMED_AT_MOST = 5
 Windows = npt.NDArray[np.int64]
 Finished = Mapping[str, Mapping[Shard, Path]]
 
@@ -184,25 +183,13 @@ def of_the_finished(
     return {"base": found["base"], "variants": variants}
 
 
-def incomplete(lacking: Sequence[tuple[Pair, Shard]], failures: Sequence[ShardFailure]) -> IncompleteError:
+def incomplete(missing_of: Sequence[tuple[Pair, Shard]], failures: Sequence[ShardFailure]) -> IncompleteError:
     """Names what is missing, and why."""
-    causes = {failure.shard: failure for failure in failures}
     pairs: dict[Shard, list[str]] = {}
-    for pair, shard in lacking:
+    for pair, shard in missing_of:
         pairs.setdefault(shard, []).append(pair.variant.name)
-    told = []
-    for shard, names in list(pairs.items())[:_NAMED_AT_MOST]:
-        failure = causes.get(shard)
-        why = "was not finished"
-        if failure is not None:
-            why = f"{failure.cause} ({failure.kind}, attempts: {failure.attempts})"
-        told.append(f"{shard.file_name} of {', '.join(names)}: {why}")
-    if len(pairs) > _NAMED_AT_MOST:
-        told.append(f"and {len(pairs) - _NAMED_AT_MOST} more")
-    return IncompleteError(
-        f"{len(pairs)} shards were set aside: " + "; ".join(told),
-        "finished shards are kept: remove the cause and run the same command again",
-    )
+    names = {shard: f"{shard.file_name} of {', '.join(found)}" for shard, found in pairs.items()}
+    return shards_missing(f"{len(pairs)} shards were set aside", names, failures)
 
 
 def _figures(table: pa.Table, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def test_wrong_calls_are_refused(tiny_model):
     ("change", "message"),
     [
         ({"general.architecture": "rwkv7"}, "architecture 'rwkv7' is not supported; supported: llama, mis"),
-        ({"llama.block_count": 3}, "tensor 'blk.2.attn_norm.weight' is missing"),
+        ({"llama.block_count": 3}, "tensor 'blk.2.attn_q.weight' is missing"),
         ({"llama.block_count": 1}, "has no place"),
         ({"llama.feed_forward_length": 32}, "has shape"),
         ({"llama.attention.head_count": "four"}, "attention.head_count is 'four'; expected a positive int"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.pipeline.ray_script import ROOT, TOKEN, script_environment
+from tests.pipeline.ray_script import ROOT, script_environment
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +33,6 @@ def ray_head() -> Iterator[str]:
 
 @pytest.fixture
 def address(ray_head: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Its address, for this process to join it by loopback, with its token."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    """Its address, for this process to join it by loopback, with its token (tests/conftest.py)."""
     monkeypatch.chdir(ROOT)  # workers import the fake one from here
     return ray_head

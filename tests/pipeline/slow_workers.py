@@ -1,8 +1,8 @@
 """The real worker, slowed, for tests that have to catch it in the middle of a shard.
 
-`<paths.cache>/misfortune.json` says how: `seconds` that each shard takes besides its computation, and
-`crawls`, whether the first worker to come takes ten times as long. Each attempt leaves a mark in
-`<paths.cache>/marks`: `<first window>.<pid>`.
+`<paths.cache>/misfortune.json` says how: `seconds` that each shard takes besides its computation, `crawls`,
+whether the first worker to come takes ten times as long, and `poison`, a first window whose shard ends every
+process. Each attempt leaves a mark in `<paths.cache>/marks`: `<first window>.<pid>`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class SlowWorker(EvalWorker):
         how = json.loads((cache / "misfortune.json").read_text())
         (cache / "marks" / f"{shard.first_window}.{os.getpid()}").touch()
         time.sleep(how["seconds"] * (10 if how["crawls"] and self._is_first(cache) else 1))
+        if shard.first_window == how["poison"]:
+            os._exit(1)
         return super().run(shard)
 
     def _is_first(self, cache: Path) -> bool:
@@ -54,10 +56,10 @@ class SlowWorker(EvalWorker):
 slow_executor = partial(open_executor, factory=FACTORY)
 
 
-def prepare(folder: Path, *, seconds: float, crawls: bool = False) -> None:
+def prepare(folder: Path, *, seconds: float, crawls: bool = False, poison: int | None = None) -> None:
     """Say how slow workers are from now on."""
     (folder / "cache" / "marks").mkdir(parents=True, exist_ok=True)
-    how = {"seconds": seconds, "crawls": crawls}
+    how = {"seconds": seconds, "crawls": crawls, "poison": poison}
     (folder / "cache" / "misfortune.json").write_text(json.dumps(how))
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import attempts
+from pipeline import attempts, hosted
 from pipeline.attempts import Attempt, Attempts, smaller
 from pipeline.executor import Task
+from pipeline.hosted import oom_kills
+from pipeline.ray_pool import is_out_of_memory
 from pipeline.settings import EngineSettings
 from pipeline.shards import Shard, plan
 
@@ -236,6 +239,18 @@ def test_poison_is_set_aside_and_what_nobody_is_left_for(clock: dict[str, float]
     assert [(f.task, f.kind, f.attempts) for f in work.failures()] == [
         (task, "no worker", int(i == 0)) for i, task in enumerate(tasks)
     ]
+
+
+def test_what_ended_a_worker_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = type("OutOfMemoryError", (Exception,), {})("1 worker(s) were killed")
+    assert is_out_of_memory(ours)
+    assert is_out_of_memory(RuntimeError("killed due to the node running low on memory"))
+    assert not is_out_of_memory(RuntimeError("Socket closed"))
+    vmstat = tmp_path / "vmstat"
+    monkeypatch.setattr(hosted, "VMSTAT", vmstat)
+    assert oom_kills() == 0, "a kernel that does not say"
+    vmstat.write_text("nr_free_pages 5\noom_kill 3\n")
+    assert oom_kills() == 3
 
 
 def test_smaller_batches_are_of_specs_that_have_any() -> None:

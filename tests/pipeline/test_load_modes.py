@@ -15,6 +15,7 @@ import pytest
 from make_gguf import split_gguf, tiny_llama
 
 import engine
+from engine import mapping
 from pipeline import evaluate
 from pipeline.errors import ModelError, SettingsError
 from pipeline.provenance import file_sha256, model_sha256
@@ -137,8 +138,12 @@ def test_unknown_mode_is_refused_with_the_nearest(run: Callable[..., Any], whole
 def test_mlock_beyond_the_limit_refuses_the_run(
     run: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(name: str, path: str, *arguments: object) -> None:
-        raise OSError(12, "Cannot allocate memory", path)
+    call = mapping._call
+
+    def refuses(name: str, path: str, *arguments: Any) -> None:
+        if name == "mlock":
+            raise OSError(12, "Cannot allocate memory", path)
+        call(name, path, *arguments)
 
     monkeypatch.setattr("engine.mapping._call", refuses)
     with pytest.raises(engine.CapacityError, match="cannot be locked"):

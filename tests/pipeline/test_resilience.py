@@ -51,12 +51,10 @@ def medians() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Any]:
     """A cluster in processes of this one, whose head has two CPUs, and which nodes can join and leave."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-            patch.setenv(name, script_environment()[name])
-        patch.chdir(ROOT)
-        from ray.cluster_utils import Cluster  # reads the environment
+    from ray.cluster_utils import Cluster
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     yield cluster
     cluster.shutdown()
@@ -263,6 +261,18 @@ def test_the_tail_of_a_crawling_worker_is_done_by_another(
 
 
 @pytest.mark.slow
+def test_poison_is_set_aside_and_computed_when_it_is_none_any_more(run: Run) -> None:
+    prepare(run.folder, seconds=0.05, poison=7)
+    summary = evaluate(run.settings()).summary
+    assert (summary["exit_code"], summary["ok"], summary["nll_sha256"]) == (3, False, None)
+    assert "shard-00000007.parquet: its worker's process ended, 3 times" in summary["error"]["message"]
+    assert summary["shards_done"] == summary["n_shards"] - 1
+    assert Counter(first for first, _ in run.marks())[7] == 3
+    prepare(run.folder, seconds=0)
+    run.same(evaluate(run.settings()).summary)
+
+
+@pytest.mark.slow
 def test_a_worker_that_the_kernel_ends_for_memory_gets_smaller_batches(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,11 +329,9 @@ def test_a_node_that_joins_is_used_and_one_that_dies_is_done_without(
 def test_a_driver_without_a_head_ends_in_time_and_the_run_goes_on_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, script_environment()[name])
-    monkeypatch.chdir(ROOT)
-    from ray.cluster_utils import Cluster  # reads the environment
+    from ray.cluster_utils import Cluster
 
+    monkeypatch.chdir(ROOT)
     own = Cluster(initialize_head=True, head_node_args=HEAD)
     run = Run(tmp_path, own.address)
     prepare(tmp_path, seconds=1.0)

@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from make_gguf import tiny_llama
 
-from pipeline import run_lock
+from pipeline import evaluate, run_lock
 from pipeline.errors import RefusedError, StorageFailure
 from pipeline.run_lock import NAME, RunLocks
+from pipeline.settings import ClusterSettings
+from tests.pipeline.slow_workers import settings_of
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -163,6 +166,28 @@ def test_of_drivers_that_find_a_stale_lock_at_once_one_wins(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with RunLocks() as locks, pytest.raises(StorageFailure, match=r"driver\.lock: cannot be written"):
         locks.take(tmp_path / "missing")
+
+
+def test_a_run_that_another_driver_computes_is_refused_and_one_that_is_finished_is_read(
+    tmp_path: Path,
+) -> None:
+    tiny_llama(tmp_path / "tiny.gguf", type_name="Q4_1")
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    settings = settings_of(tmp_path, "results", ClusterSettings("inline"))
+    other = settings_of(tmp_path, "other", ClusterSettings("inline"))
+    folder = tmp_path / "results" / Path(evaluate(other).table).relative_to(tmp_path / "other")
+    folder.mkdir(parents=True)
+    first = holder(folder)
+    try:
+        with pytest.raises(RefusedError, match=f":{first.pid} computes this run"):
+            evaluate(settings)
+        assert [path.name for path in folder.iterdir()] == [NAME], "not even a plan was written"
+    finally:
+        first.communicate()
+    digest = evaluate(settings).summary["nll_sha256"]
+    with RunLocks() as locks:
+        locks.take(folder)
+        assert evaluate(settings).summary["nll_sha256"] == digest
 
 
 def wait_until(check: object) -> None:
