@@ -1,4 +1,4 @@
-"""What a Ray actor's process holds: a worker in its place, and what its host says of memory.
+"""What a Ray actor's process holds: a worker in its place; and what is known of memory that ran out.
 
 Ray imports this module before a worker's environment is set, so nothing here may import engine, Numba or
 Arrow.
@@ -47,3 +47,8 @@ def oom_kills() -> int:
     except (OSError, ValueError):
         return 0
     return int(fields.get("oom_kill", 0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Ray's memory monitor ended the worker."""
+    return type(error).__name__ == "OutOfMemoryError" or "running low on memory" in str(error)

@@ -28,7 +28,7 @@ from pipeline import events
 from pipeline.attempts import Attempt, Attempts
 from pipeline.errors import ClusterUnreachable, IncompleteError
 from pipeline.executor import OnResult, ShardFailure, Task, describe
-from pipeline.hosted import Hosted
+from pipeline.hosted import Hosted, is_out_of_memory
 
 if TYPE_CHECKING:
     from pipeline.placement import Place
@@ -117,12 +117,8 @@ class Pool:
     ) -> None:
         self._ray, self._factory, self._places_for = ray, factory, places_for
         self._specs = list(specs)  # what a worker that gets ready may open, the first that it can
-        self._options: dict[str, Any] = {
-            "num_cpus": threads,
-            "max_restarts": MAX_RESTARTS,
-            "max_task_retries": 0,
-            "max_concurrency": 1,
-        }
+        self._options: dict[str, Any] = {"num_cpus": threads, "max_concurrency": 1}
+        self._options |= {"max_restarts": MAX_RESTARTS, "max_task_retries": 0}
         if environment is not None:
             self._options["runtime_env"] = {"env_vars": environment}
         self._actors: dict[Actor, None] = {}
@@ -280,8 +276,7 @@ class Pool:
         for actor in gone:
             self._end(actor, LetGo(f"node {actor.node[:8]} is gone"))
         wanted = Counter(self._places_for(nodes)) - self._given_up
-        have = Counter(actor.place for actor in self._actors)
-        begun = {actor.node for actor in self._actors}
+        have, begun = Counter(a.place for a in self._actors), {a.node for a in self._actors}
         room = wanted.total() - have.total()
         for place in (wanted - have).elements():
             node = place.node_id
@@ -453,8 +448,3 @@ class Pool:
         actor.handle = None
         self._last_loss = error or self._last_loss
         self._next_look = 0.0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended the worker."""
-    return type(error).__name__ == "OutOfMemoryError" or "running low on memory" in str(error)

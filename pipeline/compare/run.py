@@ -27,6 +27,7 @@ from pipeline.executor import ShardFailure, Task
 from pipeline.memory import process_memory
 from pipeline.perplexity import no_idle_workers, told
 from pipeline.preflight import Preflight
+from pipeline.run_lock import RunLocks
 from pipeline.shards import Shard, n_abreast
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.worker import ShardResult
@@ -86,6 +87,7 @@ def run(settings: CompareSettings, progress: Progress | None) -> RunResult:
         ready = make_missing(checked, files)
         swaps = swaps or sensitivity.check(ready)
         comparison = begin(planned(ready))
+        files.enter_context(RunLocks()).take(comparison.folder)
         tracker = open_tracker(comparison.settings.tracking, Path(comparison.settings.paths.results))
         try:
             decisions = Decisions(comparison.pairs, comparison.settings.stop.alpha, comparison.order)

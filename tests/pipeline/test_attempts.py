@@ -13,8 +13,7 @@ import pytest
 from pipeline import attempts, hosted
 from pipeline.attempts import Attempt, Attempts, smaller
 from pipeline.executor import Task
-from pipeline.hosted import oom_kills
-from pipeline.ray_pool import is_out_of_memory
+from pipeline.hosted import is_out_of_memory, oom_kills
 from pipeline.settings import EngineSettings
 from pipeline.shards import Shard, plan
 

@@ -5,7 +5,7 @@ import pytest
 from pipeline.compare.models import named
 from pipeline.compare.settings import CompareSettings, Limit, StopSettings
 from pipeline.errors import SettingsError
-from pipeline.settings import DataSettings, EngineSettings, ModelSettings, PathsSettings
+from pipeline.settings import ClusterSettings, DataSettings, EngineSettings, ModelSettings, PathsSettings
 
 
 def settings(**groups):
@@ -29,6 +29,7 @@ def settings(**groups):
         ({"limits": {"kld_mean": "about 1"}}, "limits.kld_mean=about 1 is no limit"),
         ({"limits": {"kld_mean": True}}, "limits.kld_mean=True is no limit"),
         ({"stop": StopSettings("decide")}, "stop.name=decide is not known; did you mean decided?"),
+        ({"cluster": ClusterSettings(numa="mirror")}, "cluster.numa=mirror is of `perplexity` alone"),
         ({"stop": StopSettings("decided", 1.5)}, "stop.alpha=1.5 is no error rate"),
         ({"data": DataSettings(path="t.jsonl", format="jsonl", weight="w")}, "data.weight=w"),
         ({"base": ModelSettings()}, "base.path is not set"),

@@ -363,6 +363,7 @@ def test_places_that_cannot_be_used_are_refused(make, tmp_path):
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
+        ({"cluster": ClusterSettings(numa="mirror")}, "cluster.numa=mirror is of `perplexity` alone"),
         ({"protocol": ProtocolSettings("carry", 32)}, "protocol.name=carry is not of this job"),
         ({"protocol": ProtocolSettings("strided", 32)}, "expected windows"),
         ({"imatrix": ImatrixChoices()}, "imatrix.out is not set"),
