@@ -23,8 +23,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from pipeline.compare import report
+from pipeline.compare.kld_block import kld_block
 from pipeline.compare.report import Pair, Pairs, binned, columns, disagreements, markdown, terminal, words
 from pipeline.compare.sketch import sketch
+from pipeline.compare.statistics import Targets, figures
 
 N_WINDOWS, N_SCORED, WINDOW = 6, 20, 32
 PLACES = np.arange(N_WINDOWS)[:, None] * WINDOW + (WINDOW - N_SCORED) + np.arange(N_SCORED)
@@ -295,6 +297,19 @@ def test_csv_is_this_text() -> None:
     assert markdown.comma_separated({"variants": variants}) == (
         'name,bytes,stopped,ln_ratio,kld_mean,dp_max,extra\n"a,""b""",5,,0.1,,,1\nc,,True,1e-17,2.0,,\n'
     )
+
+
+def test_markdown_ends_with_the_block_of_llama_perplexity() -> None:
+    rng = np.random.default_rng(0)
+    nll, window = rng.exponential(3.0, (2, 400)), np.repeat(np.arange(8), 50)
+    known = figures(Targets(window, nll[0], nll[1], rng.exponential(0.1, 400), rng.random(400) < 0.9))
+    summary, pairs = example()
+    summary["variants"][0] |= known
+    told = markdown.document(summary, pairs.base, [])
+    assert told.endswith("```\n\n</details>\n")
+    name = summary["variants"][0]["name"]
+    assert f"```text\n{name}\n{kld_block(known)}".rstrip() in told
+    assert f"Mean    KLD: {known['kld_mean']:10.6f}" in told
 
 
 def test_without_the_extra_there_is_markdown_and_a_word(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.compare.kld_block import kld_block
 from pipeline.compare.report import swaps
 from pipeline.compare.report.columns import COLUMNS, base_row, by_size, keys
 from pipeline.compare.report.words import sentences
@@ -35,8 +36,17 @@ def document(summary: Mapping[str, Any], base: str, provenance: Sequence[tuple[s
         table(summary, base).rstrip("\n"),
         *_swapped(summary, base),
         f"<sub>{_cell(made)}</sub>" if made else "",
+        *_blocks(summary),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _blocks(summary: Mapping[str, Any]) -> list[str]:
+    """The block that llama-perplexity prints, of each variant whose figures are all known."""
+    known = [variant for variant in summary["variants"] if variant.get("dp_p75") is not None]
+    texts = [f"{variant['name']}\n{kld_block(variant)}".rstrip() for variant in known]
+    told = "<details><summary>As llama-perplexity prints it</summary>"
+    return [told, *(f"```text\n{text}\n```" for text in texts), "</details>"] if texts else []
 
 
 def _swapped(summary: Mapping[str, Any], base: str) -> list[str]:
