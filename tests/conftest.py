@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ os.environ["RAY_AUTH_TOKEN"] = "0" * 40  # given here, none is written into the 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored, in children too
 for leaked in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PAGEMILL_DEBUG", "HYDRA_FULL_ERROR"):
     os.environ.pop(leaked, None)
 
