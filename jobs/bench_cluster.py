@@ -149,7 +149,7 @@ def cost(settings: PerplexitySettings, n_pairs: int) -> dict[str, Any]:
         summary, watch = distributed(settings)
         alone = alone or bare(spec, n_windows)
         speeds.append((float(summary["tok_per_s"]), alone))
-        shares.append(float(summary["worker_busy_share"] or 0.0))
+        shares.append(float(summary["worker_busy_share"]))
         cpu.append(watch.cpu_s / watch.wall_s)
         print(
             f"pair {turn + 1}: {speeds[-1][0]:,.1f} tokens/s distributed, {alone:,.1f} bare, "
@@ -258,6 +258,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.model is None:
         parser.error("give a model, or set PAGEMILL_TEST_MODEL")
+    least = 2 * N_WORKERS * PER_SHARD
+    if given.pairs and given.windows < least:
+        parser.error(
+            f"--windows {given.windows}: what is measured begins with a worker's second shard; give {least}"
+        )
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(given.model, given.windows, given.window, Path(folder), given.text)
