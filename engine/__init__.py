@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from engine.state import KVCache
     from engine.state_file import restore_state, save_state
     from engine.tokenizer import Tokenizer
+    from engine.traces import tensor_digests, trace
 
 NUMERICS = 1
 """Raised by hand whenever the bits of a score change; part of every run key."""
@@ -79,6 +80,8 @@ _HOMES = {  # resolved on first use: importing Numba takes half a second that `-
     "restore_state": "state_file",
     "save_state": "state_file",
     "score": "sequences",
+    "tensor_digests": "traces",
+    "trace": "traces",
     "warm_up": "model",
 }
 
@@ -123,6 +126,8 @@ __all__ = [
     "save_state",
     "score",
     "sum_inputs",
+    "tensor_digests",
+    "trace",
     "warm_up",
     "with_tensors",
 ]

@@ -3,7 +3,7 @@
 EngineError
 ├── GGUFFormatError       the file is broken, cut short or not GGUF
 ├── UnsupportedModel      an architecture, or a setting of it, that no model file here runs
-├── UnsupportedQuant      a tensor type that cannot be decoded
+├── UnsupportedQuant      a tensor type that cannot be decoded, or encoded
 ├── UnsupportedTokenizer  a tokenizer or pre-tokenizer that is not known
 ├── StateError            a saved state that is damaged, or of another version, model or cache
 └── CapacityError         a batch, a sequence or a model to be locked that does not fit its memory
@@ -27,7 +27,7 @@ class UnsupportedModel(EngineError):
 
 
 class UnsupportedQuant(EngineError):
-    """A tensor's type cannot be decoded."""
+    """A tensor's type cannot be decoded, or weights not encoded in it."""
 
 
 class UnsupportedTokenizer(EngineError):

@@ -62,6 +62,22 @@ class Scratch:
         self.top, self.total = (np.zeros((n_panels, NR), np.float64) for _ in range(2))
 
 
+class Output(NamedTuple):
+    """Rows that a layer leaves in panels of the stream.
+
+    Attributes:
+        name: of the matrix or the step that made them: it stands for all that was computed since the output
+            before.
+        panels: a field of the stream.
+        first, last: rows first <= r < last.
+    """
+
+    name: str
+    panels: str
+    first: int
+    last: int
+
+
 class LayerMatrices:
     """The weights of L layers that are products.
 
@@ -102,17 +118,18 @@ class Decoder:
 
     Attributes:
         stream: activations of a batch, a NamedTuple of panels.
+        outputs: what a layer leaves in the stream, in the order in which it is computed.
         normed: (P, >= D, NR) float32, of the stream, in which the layers leave the final norm.
         wide: panels of as many rows at least, free after the layers.
     """
 
     INPUTS: ClassVar[tuple[tuple[str, ...], ...]]
     """Matrices of a layer that multiply the same, by name."""
-    OUTPUTS: ClassVar[tuple[tuple[str, str], ...]]
-    """What a layer leaves in the stream, in the order in which it is computed: a matrix, the panels that its
-    result, or what was made of it since, is in."""
+    PER_LAYER: ClassVar[str]
+    """A field of `layers` by whose length the kernel knows the last one, to norm the residual after it."""
     params: Any
     stream: Any
+    outputs: tuple[Output, ...]
     normed: NDArray[np.float32]
     wide: NDArray[np.float32]
     scratch: Scratch
@@ -162,8 +179,18 @@ class Decoder:
 
     def nll(self, batch: Batch, cache: Any) -> NDArray[np.float64]:
         """-ln p(target) in nats of every target, in the order `batch.scored`: float64 (n_scored,)."""
-        rows, targets = self.targets(batch)
+        self.targets(batch)
         self.forward(batch, cache)
+        return self.head_nll(batch)
+
+    def logits(self, batch: Batch, cache: Any) -> NDArray[np.float32]:
+        """Logits of every token marked in `batch.outputs`, in batch order: float32 (n_outputs, V)."""
+        self.forward(batch, cache)
+        return self.head_logits(batch)
+
+    def head_nll(self, batch: Batch) -> NDArray[np.float64]:
+        """What `nll` returns, of the batch that `forward` had last."""
+        rows, targets = self.targets(batch)
         out = np.empty(rows.size, np.float64)
         if rows.size:
             final, head, scratch = self._gathered(batch, rows), self.head.fields, self.scratch
@@ -174,10 +201,9 @@ class Decoder:
             self._crew.run(call, self._crew.shares(rows.size))
         return out
 
-    def logits(self, batch: Batch, cache: Any) -> NDArray[np.float32]:
-        """Logits of every token marked in `batch.outputs`, in batch order: float32 (n_outputs, V)."""
+    def head_logits(self, batch: Batch) -> NDArray[np.float32]:
+        """What `logits` returns, of the batch that `forward` had last."""
         rows = np.flatnonzero(batch.outputs)
-        self.forward(batch, cache)
         out = np.empty((rows.size, self.n_vocab), np.float32)
         if rows.size:
             final, head = self._gathered(batch, rows), self.head.fields
@@ -192,15 +218,15 @@ class Decoder:
         """Decodes a batch as `nll` does, and shows what each layer computed.
 
         Args:
-            look: is called with "blk.3.ffn_down" and the like, and float32 (tokens, rows) in the order
-                `Batch.order`; at last with "output_norm".
+            look: is called with "token_embd", with "blk.3.ffn_down" and the like (see `outputs`) and at last
+                with "output_norm", and float32 (tokens, rows) in the order `Batch.order`.
         """
         self._look = look
         try:
             self.forward(batch, cache)
         finally:
             self._look = None
-        look("output_norm", self._of_tokens(self.normed, len(batch))[:, : self.width])
+        look("output_norm", self._of_tokens(self.normed, len(batch), 0, self.width))
 
     def clock(self) -> NDArray[np.int64]:
         """Ticks that threads have spent on each item, all together: (CLOCKS,), see engine.kernels.product."""
@@ -244,31 +270,43 @@ class Decoder:
 
     def _run(self, n_layers: int, shares: list[Share], kernel: Callable[..., None]) -> None:
         """kernel(first layer, last layer, share, work, gate) for all layers, in one call or one by one."""
-        at_once = shares[0].n_panels <= _PANELS_OF_A_CALL and self._look is None
-        step = n_layers if at_once else 1
+
+        def run(first: int, last: int) -> None:
+            self._crew.run(lambda share, work, gate: kernel(first, last, share, work, gate), shares)
+
+        if self._look is not None:
+            self._run_watched(self._look, n_layers, shares[0].n_tokens, run)
+            return
+        step = n_layers if shares[0].n_panels <= _PANELS_OF_A_CALL else 1
         for first in range(0, n_layers, step):
+            run(first, first + step)
 
-            def call(share: Share, work: Fields, gate: Fields, first: int = first) -> None:
-                kernel(first, first + step, share, work, gate)
+    def _run_watched(self, look: Look, n_layers: int, n_tokens: int, run: Callable[[int, int], None]) -> None:
+        """Runs embedding, layers and final norm one by one, and shows what each leaves.
 
-            self._crew.run(call, shares)
-            if self._look is not None:
-                self._show(self._look, first, first + 1 == n_layers, shares[0].n_tokens)
-
-    def _show(self, look: Look, layer: int, is_last: bool, n_tokens: int) -> None:
-        matrices = self.matrices.by_layer[layer]
-        for name, panels in self.OUTPUTS:
-            if name not in matrices or (is_last and panels == "x"):
-                continue
-            if is_last and panels == "normed":  # the final norm has taken its place, and added it to x
-                panels = "x"
-            values = self._of_tokens(getattr(self.stream, panels), n_tokens)
-            look(f"blk.{layer}.{name}", values[:, : matrices[name].rows])
+        The kernel norms the residual after the last layer, in place of what that one computed: it is told of
+        one layer more until all are seen.
+        """
+        whole, normed = self.layers, self.normed
+        kept = getattr(whole, self.PER_LAYER)
+        run(0, 0)
+        look("token_embd", self._of_tokens(normed, n_tokens, 0, self.width))
+        self.layers = whole._replace(**{self.PER_LAYER: np.concatenate([kept, kept[-1:]])})
+        try:
+            for layer in range(n_layers):
+                run(layer, layer + 1)
+                for name, panels, first, last in self.outputs:
+                    values = self._of_tokens(getattr(self.stream, panels), n_tokens, first, last)
+                    look(f"blk.{layer}.{name}", values)
+        finally:
+            self.layers = whole
+        run(n_layers, n_layers)
 
     @staticmethod
-    def _of_tokens(panels: NDArray[np.float32], n_tokens: int) -> NDArray[np.float32]:
-        """(P, rows, NR) -> (tokens, rows), a copy."""
-        return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])[:n_tokens]
+    def _of_tokens(panels: NDArray[np.float32], n_tokens: int, first: int, last: int) -> NDArray[np.float32]:
+        """Rows first <= r < last: (P, rows, NR) -> (tokens, last - first), a copy."""
+        used = panels[: -(-n_tokens // NR), first:last]
+        return used.transpose(0, 2, 1).reshape(-1, last - first)[:n_tokens]
 
     def _gathered(self, batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The final norm of the batch's tokens `rows`, side by side in the wide panels."""

@@ -32,7 +32,7 @@ from engine.kernels.llama_layers import Layers, Shape, Stream, run_layers
 from engine.kernels.product import Share
 from engine.kernels.rope import rope_frequencies, rope_magnitude, rope_table
 from engine.kernels.tile import NR, STRIP
-from engine.models.decoder import Decoder, LayerMatrices, Sizes
+from engine.models.decoder import Decoder, LayerMatrices, Output, Sizes
 from engine.state import KVCache, Rotation, kv_bytes
 from engine.weights import Fields, matrix, optional_vector, tasks, vector
 
@@ -62,10 +62,7 @@ class Llama(Decoder):
     """A LLaMA-architecture model on a mapped file; see `engine.model.Model` for the interface."""
 
     INPUTS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
-    OUTPUTS = (
-        ("attn_v", "v"), ("attn_k", "k"), ("attn_q", "q"), ("attn_output", "x"), ("ffn_up", "ff"),
-        ("ffn_down", "normed"),
-    )  # fmt: skip
+    PER_LAYER = "rotated"
 
     def __init__(
         self,
@@ -95,6 +92,14 @@ class Llama(Decoder):
         super().__init__(file, p.width, p.n_vocab, layers, matrices, sizes, beside)
         self.stream = Stream(*self.scratch.stream)
         self.normed, self.wide = self.stream.normed, self.stream.ff
+        self.outputs = (  # q holds what attention made of it, x the residual, ff the gated product
+            Output("attn_v", "v", 0, kv_width),
+            Output("attn_k", "k", 0, kv_width),
+            Output("attn_q", "q", 0, q_width),
+            Output("attn_output", "x", 0, p.width),
+            Output("ffn_up", "ff", 0, p.ff_width),
+            Output("ffn_down", "normed", 0, p.width),
+        )
 
     def new_cache(self, n_slots: int, capacity: int, kv: str = "f32", *, fleeting: bool = False) -> KVCache:
         """A cache of `n_slots` sequences of up to `capacity` positions; see KVCache."""
@@ -112,13 +117,13 @@ class Llama(Decoder):
     ) -> None:
         shares = self._crew.shares(tokens.size)
         runs = [tasks(slots, share) for share in shares]
-        s, layers = self.stream, self.layers
+        s = self.stream
         rope_table(positions, self._frequencies, self._magnitude, s.cos, s.sin)
 
         def kernel(first: int, last: int, share: Share, work: Fields, gate: Fields) -> None:
             run_layers(
-                first, last, layers, self._shape, s, tokens, slots, cells, cache.present, *runs[share.thread],
-                cache.keys, cache.values, share, work, gate,
+                first, last, self.layers, self._shape, s, tokens, slots, cells, cache.present,
+                *runs[share.thread], cache.keys, cache.values, share, work, gate,
             )  # fmt: skip
 
         self._run(self.params.n_layers, shares, kernel)

@@ -30,7 +30,7 @@ from engine.kernels.product import BIAS, Share
 from engine.kernels.ssm import runs_of, scratch_floats, strips_of
 from engine.kernels.tile import NR, STRIP
 from engine.mamba_params import MambaParams, mamba_params
-from engine.models.decoder import Decoder, LayerMatrices, Sizes
+from engine.models.decoder import Decoder, LayerMatrices, Output, Sizes
 from engine.recurrent import RecurrentCache
 from engine.weights import Fields, matrix, table, vector
 
@@ -84,7 +84,7 @@ class Mamba(Decoder):
     """A Mamba, FalconMamba or Mamba-2 model on a mapped file; see `engine.model.Model` for the interface."""
 
     INPUTS = (("ssm_in",), ("ssm_x",), ("ssm_dt",), ("ssm_out",))
-    OUTPUTS = (("ssm_in", "inner"), ("ssm_x", "low"), ("ssm_dt", "dt"), ("ssm_out", "normed"))
+    PER_LAYER = "norm"
 
     def __init__(
         self,
@@ -110,6 +110,7 @@ class Mamba(Decoder):
         super().__init__(file, p.width, p.n_vocab, layers, matrices, sizes, beside)
         self.stream = Stream(*self.scratch.stream)
         self.normed, self.wide = self.stream.normed, self.stream.inner
+        self.outputs = _outputs(p)
 
     def new_cache(
         self, n_slots: int, capacity: int = 1, kv: str = "f32", *, fleeting: bool = False
@@ -152,6 +153,26 @@ def _sizes(p: MambaParams, threads: int, batch_tokens: int, activations: str) ->
     panels = [(n_panels, -(-r // STRIP) * STRIP, NR) for r in rows]
     stream = (*panels, (threads, scratch_floats(p.conv_width)))
     return Sizes(threads, batch_tokens, activations, (p.width, p.inner, p.dt_rank), STRIP, stream)
+
+
+def _outputs(p: MambaParams) -> tuple[Output, ...]:
+    """What a layer leaves in the stream: the convolution and the scan overwrite part of what ssm_in gave."""
+    out = Output("ssm_out", "normed", 0, p.width)
+    if p.is_second:
+        conv_end = p.inner + p.conv_channels
+        return (
+            Output("ssm_in", "inner", conv_end, p.in_rows),  # dt
+            Output("ssm_conv1d", "inner", p.inner, conv_end),
+            Output("ssm_norm", "inner", 0, p.inner),  # y, in place of z
+            out,
+        )
+    return (
+        Output("ssm_in", "inner", p.inner, p.in_rows),  # z
+        Output("ssm_x", "low", 0, p.dt_rank + 2 * p.n_states),
+        Output("ssm_dt", "dt", 0, p.inner),
+        Output("ssm_scan", "inner", 0, p.inner),  # y, in place of x'
+        out,
+    )
 
 
 def _state_shapes(p: MambaParams) -> list[tuple[int, ...]]:
