@@ -1,21 +1,13 @@
-"""What people see of a comparison: terminal, markdown, CSV, and a page that needs nothing but a browser."""
+"""What people see of a comparison: terminal, markdown, CSV, and the words and bins that they share."""
 
 from __future__ import annotations
 
-import asyncio
-import html.parser
 import io
-import json
 import logging
-import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -24,246 +16,19 @@ from rich.console import Console
 
 from pipeline.compare import report
 from pipeline.compare.kld_block import kld_block
-from pipeline.compare.report import Pair, Pairs, binned, columns, disagreements, markdown, terminal, words
-from pipeline.compare.sketch import sketch
+from pipeline.compare.report import binned, columns, disagreements, markdown, terminal, words
 from pipeline.compare.statistics import Targets, figures
-
-N_WINDOWS, N_SCORED, WINDOW = 6, 20, 32
-PLACES = np.arange(N_WINDOWS)[:, None] * WINDOW + (WINDOW - N_SCORED) + np.arange(N_SCORED)
-
-
-class Letters:
-    """Token 7 is markup, 8 a line end, 9 nothing; the others are a space and a letter."""
-
-    def decode(self, ids: Iterable[int]) -> bytes:
-        special = {7: b"</script><b onclick=x>&amp;", 8: b"\n", 9: b""}
-        return b"".join(special.get(int(i), b" " + bytes([97 + int(i) % 26])) for i in ids)
-
-
-def variant(name: str, n_bytes: int, kld: float, ln_ratio: float, **more: Any) -> dict[str, Any]:
-    """A variant with the figures that everybody sees."""
-    return {
-        "name": name,
-        "type": name.rpartition(".")[2],
-        "bytes": n_bytes,
-        "bpw": n_bytes / 2**24,
-        "ppl": 20.0 * float(np.exp(ln_ratio)),
-        "ppl_base": 20.0,
-        "ln_ratio": ln_ratio,
-        "ln_ratio_stderr_clustered": 0.002,
-        "kld_mean": kld,
-        "kld_stderr_clustered": kld / 20,
-        "kld_p99": 9 * kld,
-        "dp_rms": kld**0.5 / 4,
-        "same_top": 1 - kld,
-        "p_vs_next": 0.0123,
-        "n_windows": N_WINDOWS,
-        "n_scored": N_WINDOWS * N_SCORED,
-        **more,
-    }
-
-
-def windows(seed: int, kld: float, *, tokens: bool = True, documents: int = 1) -> pa.Table:
-    """A pair's table, with tokens or with the sketch in their place."""
-    rng = np.random.default_rng(seed)
-    shape = (N_WINDOWS, N_SCORED)
-    base = rng.exponential(3.0, shape)
-    nll = np.maximum(base + rng.normal(0, kld**0.5, shape), 0)
-    divergence = rng.exponential(kld, shape)
-    lists = {"nll_base": base, "nll": nll, "kld": divergence}
-    lists |= {name: rng.integers(0, 26, shape) for name in ("top_base", "top")}
-    kinds = {"kld": pa.float32(), "top_base": pa.int32(), "top": pa.int32()}
-    sketches = [sketch(np.exp(-q) - np.exp(-b)) for q, b in zip(nll, base, strict=True)]
-    return pa.table(
-        {
-            "window": np.arange(N_WINDOWS),
-            "document": np.arange(N_WINDOWS) * documents // N_WINDOWS,
-            "first_token": np.arange(N_WINDOWS) * WINDOW,
-            "first_scored": PLACES[:, 0],
-            "distance": pa.nulls(N_WINDOWS, pa.int64()),
-            "n_scored": np.full(N_WINDOWS, N_SCORED),
-            "kld_sum": divergence.sum(axis=1),
-            **{
-                name: pa.array(
-                    values.tolist() if tokens else [None] * N_WINDOWS, pa.list_(kinds.get(name, pa.float64()))
-                )
-                for name, values in lists.items()
-            },
-            "dp_keys": pa.array(
-                [None if tokens else s.keys.tolist() for s in sketches], pa.list_(pa.int32())
-            ),
-            "dp_counts": pa.array(
-                [None if tokens else s.counts.tolist() for s in sketches], pa.list_(pa.int32())
-            ),
-        }
-    )
-
-
-VARIANTS = (("tiny.Q8_0", 2**24, 0.001, 0.0012), ("tiny.Q4_0", 2**23, 0.05, 0.04))
-PROVENANCE = {"data": {"name": "a|b.txt", "SHA-256": "ab" * 32}, "numerics": 1, "command": None}
-
-
-def example(*, tokens: bool = True, documents: int = 1) -> tuple[dict[str, Any], Pairs]:
-    """Two variants of a base: the summary, and what is behind it."""
-    summary = {
-        "base": {"name": "tiny.F32", "type": "F32", "bytes": 2**26, "bpw": 32.0},
-        "variants": [variant(*told) for told in VARIANTS],
-        "warnings": [],
-    }
-    pairs = [
-        Pair(name, windows(at, kld, tokens=tokens, documents=documents))
-        for at, (name, _, kld, _) in enumerate(VARIANTS)
-    ]
-    stream = np.arange(N_WINDOWS * WINDOW, dtype=np.int32) % 26
-    return summary, Pairs("tiny.F32", pairs, stream, PROVENANCE)
-
-
-@pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Renders the page without Vega's JavaScript, which takes a second and is not ours."""
-    pytest.importorskip("altair", reason="the extra `report` is not installed")
-    pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
-    from pipeline.compare.report import page as module
-
-    monkeypatch.setattr(module, "_library", lambda: "")
-    return lambda summary, pairs, tokenizer=Letters(): module.render(summary, pairs, tokenizer)  # noqa: B008
-
-
-class Tags(html.parser.HTMLParser):
-    """Every tag with its attributes, and the text of tables."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def specifications(text: str) -> list[dict[str, Any]]:
-    """The pictures' data, as the page's script reads them."""
-    return [
-        json.loads(found) for found in re.findall(r'type="application/json" id="[^"]+">(.*?)</script>', text)
-    ]
-
-
-def test_the_page_is_whole_and_names_no_address(page: Callable[..., str]) -> None:
-    text = page(*example())
-    parsed = Tags(text)
-    assert parsed.open == []
-    addresses = [a[key] for _, a in parsed.tags for key in ("src", "href", "action", "data") if key in a]
-    assert addresses == ["data:,"]
-    assert "://" not in text
-    assert not re.search(r"@import|url\(", text)
-    assert not re.search(r"localStorage|sessionStorage|document\.cookie", text)
-
-
-def test_every_variant_is_in_the_tables_and_pictures(page: Callable[..., str]) -> None:
-    text = page(*example())
-    rows = re.findall(r'<th scope="row" data-value="([^"]+)"', text)
-    assert rows == [
-        "tiny.F32",
-        "tiny.Q8_0",
-        "tiny.Q4_0",
-        "tiny.Q8_0",
-        "tiny.Q4_0",
-    ]  # the second has every figure
-    pictures = specifications(text)
-    assert len(pictures) == 5  # two of sizes, one of probabilities, two of places
-    import altair
-
-    for spec in pictures:
-        altair.LayerChart.from_dict(spec, validate=True)
-    assert all(name in json.dumps(spec) for spec in pictures for name, *_ in VARIANTS)
-    hosts = [a for _, a in Tags(text).tags if "data-spec" in a]
-    assert all(a["role"] == "img" and a["aria-label"] for a in hosts)
-    assert "0.05" in next(
-        str(a["aria-label"]) for a in hosts
-    )  # the figures, for those who do not see the picture
-
-
-def test_texts_and_names_are_escaped(page: Callable[..., str]) -> None:
-    summary, pairs = example()
-    bad = '<img src=x onerror=y>&"'
-    summary["variants"][0]["name"] = bad
-    pairs = Pairs(
-        bad, [Pair(bad, pairs.pairs[0].windows), pairs.pairs[1]], np.full_like(pairs.tokens, 7), {bad: bad}
-    )
-    text = page(summary, pairs)
-    tags = Tags(text).tags
-    assert not [tag for tag, a in tags if tag in ("img", "b") or "onerror" in a or "onclick" in a]
-    assert "&lt;/script&gt;&lt;b onclick=x&gt;&amp;amp;" in text
-    assert json.dumps(bad) in json.dumps(specifications(text)[2])
-
-
-def test_the_page_is_the_same_for_the_same_arguments(page: Callable[..., str]) -> None:
-    assert page(*example()) == page(*example())
-
-
-def test_without_tokens_the_page_says_so_and_shows_the_rest(page: Callable[..., str]) -> None:
-    from pipeline.compare.report.sections import NO_TEXT, NO_TOKENS
-
-    text = page(*example(tokens=False))
-    assert text.count(NO_TOKENS) == 2  # by position, and in the text
-    assert len(specifications(text)) == 4  # Δp from the sketches
-    assert NO_TEXT not in text
-
-    summary, pairs = example()
-    assert NO_TEXT in page(summary, Pairs("tiny.F32", pairs.pairs))
-    assert NO_TEXT in page(summary, pairs, None)
-    bare = [
-        Pair(pair.name, pair.windows.drop_columns([*binned.LISTS, "dp_keys", "dp_counts"]))
-        for pair in pairs.pairs
-    ]
-    assert page(summary, Pairs("tiny.F32", bare)).count(NO_TOKENS) == 3
-
-
-def test_a_variant_that_is_the_base_has_a_page_too(page: Callable[..., str]) -> None:
-    summary, pairs = example()
-    floor = variant("tiny.F32", 2**26, 0.0, 0.0, kld_p99=0.0, ln_ratio_stderr_clustered=0.0, p_vs_next=None)
-    table = windows(3, 0.1).to_pydict()
-    table["kld"] = [[0.0] * N_SCORED] * N_WINDOWS
-    table["nll"] = table["nll_base"]
-    table["kld_sum"] = [0.0] * N_WINDOWS
-    same = Pair("tiny.F32", pa.table(table))
-    text = page(summary | {"variants": [floor]}, Pairs("base", [same], pairs.tokens))
-    assert "No variant has both a size and a mean KLD, nats above zero." in text
-    assert text.count("No divergence is above zero.") == 2
-    assert "tiny.F32 is no smaller than the base itself" in text
-
-
-def test_twenty_variants_with_long_names_stay_small(tmp_path: Path) -> None:
-    pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
-    names = [f"{'a-model-with-a-long-name-' * 2}{at:02d}.Q4_K_M"[-60:] for at in range(20)]
-    variants = [
-        variant(name, 2**24 + at * 10**6, 0.2 / (at + 1), 0.1 / (at + 1)) for at, name in enumerate(names)
-    ]
-    summary, pairs = example()
-    many = Pairs("base", [Pair(name, pairs.pairs[0].windows) for name in names], pairs.tokens, PROVENANCE)
-    path = report.write(
-        summary | {"variants": variants}, many, tmp_path / "new" / "folder", tokenizer=Letters()
-    )
-    text = path.read_text()
-    assert path.name == "comparison.html"
-    assert path.stat().st_size < 5_000_000
-    assert "vegaEmbed" in text
-    assert all(text.count(f'data-value="{name}"') == 2 for name in names)
-    assert "--s19:" in text
-    assert text.count('class="quote"') == 20 * disagreements.N_SHOWN
-    assert {found.name for found in path.parent.iterdir()} == {
-        f"comparison.{kind}" for kind in ("csv", "html", "md")
-    }
-
+from pipeline.report.text import flat
+from tests.pipeline.comparisons import (
+    N_SCORED,
+    N_WINDOWS,
+    PLACES,
+    WINDOW,
+    Letters,
+    example,
+    variant,
+    windows,
+)
 
 MARKDOWN = """\
 - Both variants are on the Pareto front: each step down in size costs divergence.
@@ -285,7 +50,7 @@ Q8_0 (ln ratio +0.0012 ±0.0020).
 
 def test_markdown_is_this_text() -> None:
     summary, pairs = example()
-    told = markdown.document(summary, pairs.base, markdown.flat(pairs.provenance))
+    told = markdown.document(summary, pairs.base, flat(pairs.provenance))
     assert told == MARKDOWN.format(digest="ab" * 32)
 
 
@@ -554,96 +319,3 @@ def test_the_histogram_of_sketches_is_that_of_the_targets() -> None:
     assert exact.sum() == pytest.approx(1)
     assert np.abs(exact - close).sum() < 0.1  # values near a border may change sides
     assert binned.histogram(np.array([-1.5, 1.0 + 1e-12])).tolist() == [0.5, *[0.0] * 59, 0.5]
-
-
-WRAPPED = """<!doctype html><meta charset="utf-8"><body><pre id="out"></pre><script>
-const page = {page}, out = [];
-addEventListener("message", (event) => {{
-  out.push(event.data);
-  if (out.length === 2) document.getElementById("out").textContent = JSON.stringify(out);
-}});
-for (const width of [390, 1280]) {{
-  const frame = document.createElement("iframe");
-  frame.sandbox = "allow-scripts";
-  frame.style = `width:${{width}}px;height:800px;border:0`;
-  frame.src = URL.createObjectURL(new Blob([page], {{ type: "text/html" }}));
-  document.body.append(frame);
-}}
-</script>"""
-
-WATCH = """<script>
-const faults = [];
-addEventListener("error", (event) => faults.push(String(event.message)));
-addEventListener("unhandledrejection", (event) => faults.push(String(event.reason)));
-for (const kind of ["error", "warn"]) console[kind] = (...said) => faults.push(said.join(" "));
-const count = (selector) => document.querySelectorAll(selector).length;
-const tell = () => {
-  document.querySelectorAll("details").forEach((found) => { found.open = true; });
-  const sort = document.querySelectorAll("th button")[5], body = sort.closest("table").tBodies[0];
-  const first = () => { sort.click(); return body.rows[0].cells[0].dataset.value; };
-  parent.postMessage({
-    faults, up: first(), down: first(), width: innerWidth, scroll: document.documentElement.scrollWidth,
-    pictures: count("figure svg"),
-    words: count("figure text"),
-    ink: getComputedStyle(document.body).color,
-    axis: document.querySelector("figure svg text").getAttribute("fill"),
-    fetched: performance.getEntriesByType("resource").length,
-  }, "*");
-};
-let waited = 0;
-const watch = setInterval(() => {
-  if (count("figure svg") < count("figure") && ++waited < 200) return;
-  clearInterval(watch);
-  setTimeout(tell, 300);
-}, 100);
-</script>"""
-
-
-async def _told_by(port_file: Path, limit_s: float = 60.0) -> str:
-    """What the page that a browser shows writes into its `#out`."""
-    ask = {"expression": 'document.getElementById("out")?.textContent', "returnByValue": True}
-    async with asyncio.timeout(limit_s):
-        while not port_file.exists() or "\n" not in port_file.read_text():
-            await asyncio.sleep(0.1)
-        port = port_file.read_text().split()[0]
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-                pages = [found for found in await answer.json() if found["type"] == "page"]
-            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"]) as socket:
-                while True:
-                    await socket.send_json({"id": 1, "method": "Runtime.evaluate", "params": ask})
-                    if told := (await socket.receive_json())["result"]["result"].get("value"):
-                        return str(told)
-                    await asyncio.sleep(0.2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it_in_a_sandbox_without_a_network(scheme: str, tmp_path: Path) -> None:
-    """As MLflow's artifact view does: a blob in an iframe that may do nothing but run scripts."""
-    pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    text = report.write(*example(documents=2), tmp_path, tokenizer=Letters()).read_text()
-    watched = json.dumps(text.replace("<head>", f"<head>{WATCH}", 1)).replace("</", "<\\/")
-    (tmp_path / "wrapped.html").write_text(WRAPPED.format(page=watched))
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--blink-settings=preferredColorScheme={'0' if scheme == 'dark' else '1'}"]
-    command += [(tmp_path / "wrapped.html").as_uri()]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            told = json.loads(asyncio.run(_told_by(tmp_path / "profile" / "DevToolsActivePort")))
-        finally:
-            process.terminate()
-    assert sorted(frame["width"] for frame in told) == [390, 1280]
-    for frame in told:
-        assert frame["faults"] == []
-        assert frame["scroll"] <= frame["width"]
-        assert frame["pictures"] == 5
-        assert frame["words"] > 20
-        assert frame["fetched"] == 0
-        assert (frame["up"], frame["down"]) == ("tiny.Q8_0", "tiny.Q4_0")
-        assert frame["ink"] == {"light": "rgb(27, 31, 36)", "dark": "rgb(230, 233, 237)"}[scheme]
-        assert frame["axis"] == {"light": "#57606a", "dark": "#a3adb8"}[scheme]

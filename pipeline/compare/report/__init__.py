@@ -10,7 +10,6 @@ installed, `comparison.html`, one file without a link to anywhere.
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,11 +95,12 @@ def write(
         OSError: the folder cannot be written.
     """
     from pipeline.compare.report import markdown
+    from pipeline.report.text import flat, write_whole
 
-    told = markdown.flat(pairs.provenance)
+    told = flat(pairs.provenance)
     out_dir.mkdir(parents=True, exist_ok=True)
-    plain = _put(out_dir / f"{STEM}.md", markdown.document(summary, pairs.base, told))
-    _put(out_dir / f"{STEM}.csv", markdown.comma_separated(summary))
+    plain = write_whole(out_dir / f"{STEM}.md", markdown.document(summary, pairs.base, told))
+    write_whole(out_dir / f"{STEM}.csv", markdown.comma_separated(summary))
     try:
         from pipeline.compare.report import page
     except ModuleNotFoundError as missing:
@@ -108,15 +108,4 @@ def write(
             raise
         _log.warning(NO_EXTRA)
         return plain
-    return _put(out_dir / f"{STEM}.html", page.render(summary, pairs, tokenizer))
-
-
-def _put(final: Path, text: str) -> Path:
-    """Write a file whole or not at all."""
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return final
+    return write_whole(out_dir / f"{STEM}.html", page.render(summary, pairs, tokenizer))

@@ -17,8 +17,8 @@ import numpy as np
 from pipeline.compare.report import binned
 from pipeline.compare.report.columns import Variant, first_known, number, shown, size
 from pipeline.compare.report.words import dominated
-
-Spec = dict[str, Any]
+from pipeline.report.html import Spec
+from pipeline.report.page import finished
 
 INK, FAINT, ACCENT = "var:--ink", "var:--muted", "var:--accent"
 ROW_PX = 56
@@ -113,7 +113,7 @@ def size_against(
                 alt.Y("base:Q", title=title, scale=y_scale, axis=y_axis), x=alt.value(0), text="said:N"
             ),
         )
-    return _finished(alt.layer(*layers), 320)
+    return finished(alt.layer(*layers), 320)
 
 
 def _interval(variant: Variant, figure: str, value: float) -> tuple[float, float]:
@@ -219,7 +219,7 @@ def probabilities(
             x=alt.value("width"), text="remark:N"
         ),
     ]
-    return _finished(alt.layer(*layers), ROW_PX * len(histograms))
+    return finished(alt.layer(*layers), ROW_PX * len(histograms))
 
 
 def dash(at: int) -> list[int]:
@@ -269,7 +269,7 @@ def lines(means: Mapping[str, binned.Means], names: Sequence[str], x_title: str)
             ]
         ),
     )
-    return _finished(layered, 300)
+    return finished(layered, 300)
 
 
 GROUPS = 40
@@ -315,7 +315,7 @@ def swaps(entries: Sequence[Mapping[str, Any]], short: Mapping[str, str]) -> Spe
             alt.X("low:Q", title=x_title, axis=axis), alt.X2("high:Q"), y
         ),
     )
-    return _finished(layers, 26 * len(rows) + 10)
+    return finished(layers, 26 * len(rows) + 10)
 
 
 def throughput(rates: Mapping[str, float], short: Mapping[str, str]) -> Spec:
@@ -326,20 +326,9 @@ def throughput(rates: Mapping[str, float], short: Mapping[str, str]) -> Spec:
         alt.Y("label:N", title=None, sort=None, axis=alt.Axis(labelLimit=180)),
         tooltip=[alt.Tooltip("variant:N"), alt.Tooltip("rate:Q", title="tokens/s", format=",.1f")],
     )
-    return _finished(chart.mark_bar(color=ACCENT), 28 * len(rows) + 10)
+    return finished(chart.mark_bar(color=ACCENT), 28 * len(rows) + 10)
 
 
 def _rounded(value: float) -> float:
     """Five digits: a picture shows no more, and the page is a third smaller."""
     return float(f"{value:.5g}")
-
-
-def _finished(chart: alt.Chart | alt.LayerChart, height: int) -> Spec:
-    """The specification, without Altair's own theme and without an address.
-
-    A test holds it against Vega-Lite's schema; to do that here would take as long as all the rest.
-    """
-    with alt.theme.enable("none"):
-        spec: Spec = chart.properties(width="container", height=height).to_dict(validate=False)
-    spec.pop("$schema", None)
-    return spec

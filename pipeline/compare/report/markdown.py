@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,29 +12,30 @@ from pipeline.compare.kld_block import kld_block
 from pipeline.compare.report import swaps
 from pipeline.compare.report.columns import COLUMNS, base_row, by_size, keys
 from pipeline.compare.report.words import sentences
+from pipeline.report.text import markdown_cell
 
 
 def table(summary: Mapping[str, Any], base: str) -> str:
     """The figures as a table, the base first and then the variants by size; ends with a line end."""
     rows = [
-        [_cell(c.cell(row)) for c in COLUMNS]
+        [markdown_cell(c.cell(row)) for c in COLUMNS]
         for row in (base_row(summary, base), *by_size(summary["variants"]))
     ]
     rows[0][0] += " (base)"
-    head = [_cell(c.heading) for c in COLUMNS]
+    head = [markdown_cell(c.heading) for c in COLUMNS]
     ruler = [":--" if c.is_text else "--:" for c in COLUMNS]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ruler, *rows))
 
 
 def document(summary: Mapping[str, Any], base: str, provenance: Sequence[tuple[str, str]]) -> str:
     """What it says in sentences, the table, and what made it in one line."""
-    said = "\n".join(f"- {_cell(sentence)}" for sentence in sentences(summary, base))
+    said = "\n".join(f"- {markdown_cell(sentence)}" for sentence in sentences(summary, base))
     made = "; ".join(f"{name} {value}" for name, value in provenance)
     parts = [
         said,
         table(summary, base).rstrip("\n"),
         *_swapped(summary, base),
-        f"<sub>{_cell(made)}</sub>" if made else "",
+        f"<sub>{markdown_cell(made)}</sub>" if made else "",
         *_blocks(summary),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -55,9 +55,9 @@ def _swapped(summary: Mapping[str, Any], base: str) -> list[str]:
         return []
     entries = swaps.entries(summary)
     columns = swaps.telling(entries)
-    rows = [[_cell(c.heading) for c in columns], [":--", *["--:"] * (len(columns) - 1)]]
-    rows += [[_cell(c.cell(entry)) for c in columns] for entry in entries]
-    said = "\n".join(f"- {_cell(sentence)}" for sentence in swaps.sentences(summary, base))
+    rows = [[markdown_cell(c.heading) for c in columns], [":--", *["--:"] * (len(columns) - 1)]]
+    rows += [[markdown_cell(c.cell(entry)) for c in columns] for entry in entries]
+    said = "\n".join(f"- {markdown_cell(sentence)}" for sentence in swaps.sentences(summary, base))
     made = swaps.command(summary)
     parts = [f"### {swaps.TITLE}", said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
     return [part for part in [*parts, f"```sh\n{made}\n```" if made else ""] if part]
@@ -77,29 +77,7 @@ def comma_separated(summary: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def flat(told: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Label and text of each known entry; a mapping's entries carry its label in front."""
-    lines: list[tuple[str, str]] = []
-    for key, value in told.items():
-        name = f"{before} {key}".strip()
-        if isinstance(value, Mapping):
-            lines += flat(value, name)
-        elif isinstance(value, (list, tuple)):
-            lines += [(name, ", ".join(map(str, value)))] if value else []
-        elif value is not None and value != "":
-            lines.append(
-                (name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
-            )
-    return lines
-
-
 def _exact(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return repr(value) if isinstance(value, float) else str(value)
-
-
-def _cell(text: str) -> str:
-    """Text that a table of markdown leaves as it is."""
-    text = re.sub(r"[\\|*`<>\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
-    return " ".join(text.split())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,9 @@ from pipeline.compare.report.columns import (
     shown,
     telling,
 )
-from pipeline.compare.report.markdown import flat
 from pipeline.compare.report.words import dominated, sentences
+from pipeline.report.html import Pictures, cell, grid, legend, lines, note, row, section, side_by_side
+from pipeline.report.text import flat
 
 if TYPE_CHECKING:
     from pipeline.compare.report import Decoder, Pair, Pairs
@@ -54,17 +54,7 @@ class Content:
     short: Mapping[str, str]
     scored: Sequence[Pair]
     found: Mapping[str, binned.Targets]
-    pictures: list[charts.Spec] = field(default_factory=list)
-
-    def picture(self, spec: charts.Spec, caption: str, said: str = "") -> str:
-        """A place for a picture; `said` is what it shows, for those who do not see it."""
-        self.pictures.append(spec)
-        return (
-            f'<figure><div role="img" aria-label="{escape(f"{caption} {said}".strip())}"'
-            f' data-spec="spec-{len(self.pictures) - 1}" style="min-height:{spec["height"] + 45}px">'
-            f"<noscript>The picture needs a script, which may not run here.</noscript></div>\n"
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 def gather(summary: Mapping[str, Any], pairs: Pairs, tokenizer: Decoder | None) -> Content:
@@ -105,37 +95,19 @@ def table(content: Content) -> str:
         is_on_front = number(v, "kld_mean") is not None and v["name"] not in beaten
         rows.append(_row(v, columns, kind="front" if is_on_front else ""))
     terms = "".join(f"<dt>{escape(c.heading)}</dt><dd>{escape(c.meaning)}</dd>" for c in columns[1:])
-    return _section(
+    return section(
         "The figures",
-        _note("A dot marks the Pareto front of size and mean KLD. Press a heading to sort."),
-        _grid([(c.heading, c.is_text) for c in columns], rows, "Figures of every variant"),
+        note("A dot marks the Pareto front of size and mean KLD. Press a heading to sort."),
+        grid([(c.heading, c.is_text) for c in columns], rows, "Figures of every variant"),
         f'<details><summary>What the columns are</summary>\n<dl class="inside">{terms}</dl></details>',
     )
 
 
 def _row(variant: Variant, columns: Sequence[Column], *, kind: str = "", after: str = "") -> str:
-    name = escape(str(variant["name"]))
-    cells = [_cell(c.heading, c.cell(variant), variant.get(c.key), is_text=c.is_text) for c in columns[1:]]
-    head = f'<th scope="row" data-value="{name}"><span class="{kind}">{name}{after}</span></th>'
-    return f"<tr{' class=base' if after else ''}>{head}{''.join(cells)}</tr>"
-
-
-def _cell(heading: str, said: str, value: Any, *, is_text: bool) -> str:
-    is_known = value is not None and not (isinstance(value, float) and not math.isfinite(value))
-    key = f' data-value="{escape(str(value))}"' if is_known else ""
-    return f'<td{" class=text" if is_text else ""} data-label="{escape(heading)}"{key}>{escape(said)}</td>'
-
-
-def _grid(heads: Iterable[tuple[str, bool]], rows: Iterable[str], what: str) -> str:
-    """A table that sorts; on a narrow screen each row is a card."""
-    head = "".join(
-        f"<th{' class=text' if is_text else ''} scope=col><button type=button>{escape(said)}</button></th>"
-        for said, is_text in heads
-    )
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(what)}"><table>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
-    )
+    name = str(variant["name"])
+    cells = [cell(c.heading, c.cell(variant), variant.get(c.key), is_text=c.is_text) for c in columns[1:]]
+    inside = f'<span class="{kind}">{escape(name)}{after}</span>'
+    return row(name, cells, inside=inside, kind="base" if after else "")
 
 
 def sizes(content: Content) -> str:
@@ -144,11 +116,11 @@ def sizes(content: Content) -> str:
     for figure, title, caption in _SIZES:
         spec = charts.size_against(content.variants, content.short, figure, title)
         if spec is None:
-            told.append(_note(f"{caption} No variant has both a size and a {title} above zero."))
+            told.append(note(f"{caption} No variant has both a size and a {title} above zero."))
             continue
         values = [f"{v['name']} {shown(figure, v.get(figure))}" for v in content.variants]
-        told.append(content.picture(spec, caption, f"{'; '.join(values)}."))
-    return _section("What a size costs", _side_by_side(told))
+        told.append(content.pictures.place(spec, caption, f"{'; '.join(values)}."))
+    return section("What a size costs", side_by_side(told))
 
 
 _SIZES = (
@@ -172,7 +144,7 @@ def probabilities(content: Content) -> str:
     drawn = [(pair.name, _histogram(content, pair)) for pair in content.scored]
     histograms = {name: shares for name, shares in drawn if shares is not None}
     if not histograms:
-        return _section(title, _note(NO_TOKENS))
+        return section(title, note(NO_TOKENS))
     rms = {
         str(v["name"]): f"RMS {100 * value:.2f} %"
         for v in content.variants
@@ -184,7 +156,7 @@ def probabilities(content: Content) -> str:
         "Change of the probability given to the token that really follows, Δp: variant less base. The axis "
         "is logarithmic on either side of zero; areas are shares of the tokens, all to one scale."
     )
-    return _section(title, content.picture(spec, caption, said))
+    return section(title, content.pictures.place(spec, caption, said))
 
 
 def _histogram(content: Content, pair: Pair) -> binned.Reals | None:
@@ -199,13 +171,16 @@ def places(content: Content) -> str:
     if not content.scored:
         return ""
     told = [_by_position(content), _by_document(content)]
-    legend = "".join(_legend(content.short[pair.name], at) for at, pair in enumerate(content.scored))
-    return _section("Where it happens", f'<ul class="legend">{legend}</ul>', _side_by_side(told))
+    strokes = [
+        (content.short[pair.name], f"var(--s{at})", " ".join(map(str, charts.dash(at))))
+        for at, pair in enumerate(content.scored)
+    ]
+    return section("Where it happens", legend(strokes), side_by_side(told))
 
 
 def _by_position(content: Content) -> str:
     if not content.found:
-        return _note(f"By position in the window: {NO_TOKENS}")
+        return note(f"By position in the window: {NO_TOKENS}")
     means = {name: binned.by_position(found) for name, found in content.found.items()}
     noun = "document" if all(found.is_carried for found in content.found.values()) else "window"
     caption = f"By position: tokens of the {noun} before it. A state that drifts would rise to the right."
@@ -238,31 +213,22 @@ def _lines(content: Content, means: Mapping[str, binned.Means], x_title: str, ca
     order = [str(pair.name) for pair in content.scored]
     spec = charts.lines(means, order, x_title)
     if spec is None:
-        return _note(f"{caption} No divergence is above zero.")
+        return note(f"{caption} No divergence is above zero.")
     ends = "; ".join(f"{name} {_span(of.kld)}" for name, of in means.items() if np.isfinite(of.kld).any())
-    return content.picture(spec, f"Mean KLD. {caption}", f"Smallest to largest mean: {ends}.")
+    return content.pictures.place(spec, f"Mean KLD. {caption}", f"Smallest to largest mean: {ends}.")
 
 
 def _span(values: binned.Reals) -> str:
     return f"{np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
 
 
-def _legend(name: str, at: int) -> str:
-    dashes = " ".join(map(str, charts.dash(at)))
-    return (
-        '<li><svg width="26" height="8" aria-hidden="true"><line x1="0" y1="4" x2="26" y2="4" '
-        f'stroke-width="3" style="stroke:var(--s{at})" stroke-dasharray="{dashes}"/></svg>'
-        f"{escape(name)}</li>"
-    )
-
-
 def texts(content: Content) -> str:
     """The tokens where base and variant disagree most."""
     title, tokens, tokenizer = "Where they disagree most", content.pairs.tokens, content.tokenizer
     if not content.found:
-        return _section(title, _note(NO_TOKENS))
+        return section(title, note(NO_TOKENS))
     if tokenizer is None or tokens is None:
-        return _section(title, _note(NO_TEXT))
+        return section(title, note(NO_TEXT))
     told: list[str] = []
     for pair in content.scored:
         if pair.name not in content.found:
@@ -275,11 +241,11 @@ def texts(content: Content) -> str:
             f"<span>the {len(worst)} largest divergences</span></summary>\n"
             f'<ol class="tokens">\n{items}\n</ol></details>'
         )
-    note = (
+    said = (
         "The token that really follows is marked. Below it, what base and variant found most likely in its "
         "place, and what the true one cost each: its NLL in nats. ␣ is a space, ↵ a new line."
     )
-    return _section(title, _note(note), *told)
+    return section(title, note(said), *told)
 
 
 def _disagreement(d: disagreements.Disagreement, window: int) -> str:
@@ -302,16 +268,13 @@ def sensitivity(content: Content) -> str:
     columns = swaps.telling(entries)
     rows = []
     for e in entries:
-        name = escape(str(e["group"]))
-        cells = "".join(
-            _cell(c.heading, c.cell(e), swaps.value(e, c.key), is_text=False) for c in columns[1:]
-        )
-        rows.append(f'<tr><th scope="row" data-value="{name}">{name}</th>{cells}</tr>')
+        cells = [cell(c.heading, c.cell(e), swaps.value(e, c.key), is_text=False) for c in columns[1:]]
+        rows.append(row(str(e["group"]), cells))
     heads = [(c.heading, c.key == "group") for c in columns]
     variant = swaps.variant_of(summary)
     parts = [
         *(f"<p>{escape(said)}</p>" for said in swaps.sentences(summary, content.pairs.base)),
-        _grid(heads, rows, "Divergence of each group of tensors"),
+        grid(heads, rows, "Divergence of each group of tensors"),
     ]
     caption = (
         f"Mean KLD of the base with a group of {variant}'s tensors, for each million bytes that they save, "
@@ -322,11 +285,11 @@ def sensitivity(content: Content) -> str:
         told = "; ".join(
             f"{e['group']} {e['kld_per_mb']:.4g}" for e in entries if e["kld_per_mb"] is not None
         )
-        parts.insert(-1, content.picture(spec, caption, told))
+        parts.insert(-1, content.pictures.place(spec, caption, told))
     if made := swaps.command(summary):
         said = "The command that makes the mixture"
         parts.append(f"<details><summary>{said}</summary>\n<p><code>{escape(made)}</code></p></details>")
-    return _section(swaps.TITLE, *parts)
+    return section(swaps.TITLE, *parts)
 
 
 def throughput(content: Content) -> str:
@@ -336,8 +299,8 @@ def throughput(content: Content) -> str:
         return ""
     said = "; ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     caption = "Tokens per second through each variant."
-    return _section(
-        "How fast each is", content.picture(charts.throughput(rates, content.short), caption, said)
+    return section(
+        "How fast each is", content.pictures.place(charts.throughput(rates, content.short), caption, said)
     )
 
 
@@ -346,24 +309,18 @@ def everything(content: Content) -> str:
     names = [key for key in keys(content.variants) if key != "name"]
     rows = []
     for v in content.variants:
-        cells = [
-            _cell(label(key), shown(key, v.get(key)), v.get(key), is_text=key == "type") for key in names
-        ]
-        name = escape(str(v["name"]))
-        rows.append(f'<tr><th scope="row" data-value="{name}">{name}</th>{"".join(cells)}</tr>')
+        cells = [cell(label(key), shown(key, v.get(key)), v.get(key), is_text=key == "type") for key in names]
+        rows.append(row(str(v["name"]), cells))
     heads = [("variant", True), *((label(key), key == "type") for key in names)]
-    grid = _grid(heads, rows, "Every figure of every variant")
+    figures = grid(heads, rows, "Every figure of every variant")
     said = f"All {len(names)} figures of each variant"
-    return _section("Every figure", f"<details><summary>{said}</summary>\n{grid}\n</details>")
+    return section("Every figure", f"<details><summary>{said}</summary>\n{figures}\n</details>")
 
 
 def provenance(content: Content) -> str:
     """What made the numbers."""
-    lines = [
-        f"<dt>{escape(said)}</dt><dd><code>{escape(value)}</code></dd>"
-        for said, value in flat(content.pairs.provenance)
-    ]
-    return _section("What made these numbers", f"<dl>{''.join(lines)}</dl>") if lines else ""
+    told = flat(content.pairs.provenance)
+    return section("What made these numbers", lines(told)) if told else ""
 
 
 ORDER = (
@@ -378,15 +335,3 @@ ORDER = (
     everything,
     provenance,
 )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _note(said: str) -> str:
-    return f'<p class="note">{escape(said)}</p>'
-
-
-def _side_by_side(parts: Iterable[str]) -> str:
-    return '<div class="charts">\n' + "\n".join(parts) + "\n</div>"
