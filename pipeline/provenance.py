@@ -168,10 +168,13 @@ def cpu_model() -> str:
 
 
 def git_sha() -> str | None:
-    """Commit of the checkout the package runs from, `+dirty` when files differ; None outside one."""
+    """Commit of the checkout the package runs from, `+dirty` when files differ.
+
+    Where that was shipped without its history, what PAGEMILL_GIT_SHA says; None otherwise.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("PAGEMILL_GIT_SHA") or None
     try:
         commit = _git(root, "rev-parse", "HEAD")
         return commit + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
