@@ -10,6 +10,8 @@ A task is in the queue, with one worker, with two, or held back until it is know
   worker as well (`late`).
 - A worker that ran out of memory was given too many tokens at once: the task's next attempt, and the node
   from then on, get half of them. The size of a batch changes no bit of a score.
+- Once a shard could not be stored, nothing more is handed out: it would be computed for nothing. What is in
+  work goes on, for the file of one shard may find room where another's did not.
 
 Durations are of a clock that ticks when it is told to, and by a few seconds at most: a driver that was
 stopped, or a machine that slept, does not make workers late.
@@ -26,7 +28,17 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline import events
-from pipeline.executor import MAX_KILLS, Queue, ShardFailure, Task, set_aside
+from pipeline.errors import StorageFailure
+from pipeline.executor import (
+    MAX_KILLS,
+    NOT_STORED,
+    OnResult,
+    Queue,
+    ShardFailure,
+    Task,
+    describe,
+    set_aside,
+)
 
 if TYPE_CHECKING:
     from pipeline.worker import ShardResult, WorkerSpec
@@ -52,6 +64,7 @@ class Attempt:
         is_first: of this worker with this file.
         is_turn: the worker has to open the file first.
         is_stale: another worker was faster, so this one's result does not count.
+        is_fetching: the worker brings the model to its node, which may take any time.
     """
 
     task: Task
@@ -61,6 +74,7 @@ class Attempt:
     is_first: bool
     is_turn: bool
     is_stale: bool = False
+    is_fetching: bool = False
 
 
 @dataclass
@@ -85,6 +99,7 @@ class Attempts:
         self._smaller: dict[tuple[int, int], WorkerSpec] = {}
         self._paces: dict[int, _Pace] = {}  # by the identity of a run's spec
         self._failures: list[ShardFailure] = []
+        self._is_stopped = False
         self._ticked, self._now = time.monotonic(), 0.0
 
     def __bool__(self) -> bool:
@@ -137,6 +152,10 @@ class Attempts:
         events.tell(SHARD_DOUBLED, sentence, fields, level=logging.WARNING)
         return self._begin(attempt.task, node, worker, file, known)
 
+    def fetched(self, attempt: Attempt) -> None:
+        """The worker's node has the model now: what it takes from here on counts."""
+        attempt.is_fetching, attempt.began = False, self._now
+
     def done(self, attempt: Attempt, result: ShardResult) -> bool:
         """A worker finished a shard; False when another one was faster and it does not count."""
         if attempt.is_stale:
@@ -157,10 +176,23 @@ class Attempts:
         self._queue.done(task)
         return True
 
-    def failed(self, attempt: Attempt, cause: str) -> None:
+    def report(self, task: Task, result: ShardResult, on_result: OnResult) -> None:
+        """Tell the caller of a shard that is done; it may need no more, or be unable to store it."""
+        try:
+            if on_result(task, result):
+                self.drop()
+        except StorageFailure as error:
+            self._not_stored(task, error)
+
+    def failed(self, attempt: Attempt, error: BaseException) -> None:
         """An exception of ours: the task is set aside, unless another worker is still at it."""
-        if self._close(attempt):
-            self._set_aside(attempt.task, "error", cause, self._kills[attempt.task] + 1)
+        if not self._close(attempt):
+            return
+        task = attempt.task
+        if isinstance(error, StorageFailure):
+            self._not_stored(task, error)
+        else:
+            self._set_aside(task, "error", describe(error), self._kills[task] + 1)
 
     def lost(self, attempt: Attempt, cause: str, *, is_oom: bool | None) -> None:
         """A worker ended while it had a task, which is given back or set aside.
@@ -180,6 +212,9 @@ class Attempts:
             return
         if n >= MAX_KILLS:
             self._set_aside(task, "killed", f"its worker's process ended, {n} times ({cause})", n)
+            return
+        if self._is_stopped:
+            self._set_aside(task, "killed", f"its worker's process ended ({cause})", n)
             return
         events.shard_retried(task, n, cause, attempt.worker)
         if is_oom is None:
@@ -207,13 +242,13 @@ class Attempts:
         found = []
         for attempt in running:
             elapsed, allowed = self._now - attempt.began, self._allowed(attempt)
-            if allowed is not None and elapsed > allowed:
+            if allowed is not None and elapsed > allowed and not attempt.is_fetching:
                 found.append((attempt, elapsed))
         return found
 
     def late(self) -> list[Attempt]:
         """Attempts that one more worker should be put to, the latest first; none while the queue has any."""
-        if self._queue:
+        if self._queue or self._is_stopped:
             return []
         found = []
         for attempts in self._open.values():
@@ -268,6 +303,11 @@ class Attempts:
         if not attempts:
             del self._open[attempt.task]
         return not attempts
+
+    def _not_stored(self, task: Task, error: StorageFailure) -> None:
+        self._is_stopped = True
+        self.drop()
+        self._set_aside(task, NOT_STORED, describe(error), self._kills[task] + 1)
 
     def _set_aside(self, task: Task, kind: str, cause: str, attempts: int) -> None:
         self._failures += [set_aside(task, kind, cause, attempts), *self._queue.failed(task)]

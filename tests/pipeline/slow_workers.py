@@ -57,10 +57,12 @@ slow_executor = partial(open_executor, factory=FACTORY)
 
 
 def prepare(folder: Path, *, seconds: float, crawls: bool = False, poison: int | None = None) -> None:
-    """Say how slow workers are from now on."""
+    """Say how slow workers are from now on; those that are at work hear of it with their next shard."""
     (folder / "cache" / "marks").mkdir(parents=True, exist_ok=True)
     how = {"seconds": seconds, "crawls": crawls, "poison": poison}
-    (folder / "cache" / "misfortune.json").write_text(json.dumps(how))
+    new = folder / "cache" / "misfortune.json.new"
+    new.write_text(json.dumps(how))
+    new.replace(folder / "cache" / "misfortune.json")
 
 
 def settings_of(folder: Path, results: str, cluster: ClusterSettings) -> PerplexitySettings:

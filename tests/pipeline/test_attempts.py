@@ -12,7 +12,8 @@ import pytest
 
 from pipeline import attempts, hosted
 from pipeline.attempts import Attempt, Attempts, smaller
-from pipeline.executor import Task
+from pipeline.errors import StorageFailure
+from pipeline.executor import Task, shards_missing
 from pipeline.hosted import is_out_of_memory, oom_kills
 from pipeline.settings import EngineSettings
 from pipeline.shards import Shard, plan
@@ -168,7 +169,7 @@ def test_two_attempts_of_one_shard_that_both_die_give_it_back_once(clock: dict[s
     second, _ = work.again(first, "n", "host:2", "f", {"f"})
     work.lost(first, "gone", is_oom=False)
     assert not work.has_next, "the other one is still at it"
-    work.failed(second, "ValueError: wrong")
+    work.failed(second, ValueError("wrong"))
     assert [failure.kind for failure in work.failures()] == ["error"]
     assert not work
 
@@ -176,7 +177,7 @@ def test_two_attempts_of_one_shard_that_both_die_give_it_back_once(clock: dict[s
     finish(work, clock, 1, 2)
     first = take(work)
     second, _ = work.again(first, "n", "host:2", "f", {"f"})
-    work.failed(first, "OSError: only here")
+    work.failed(first, OSError("only here"))
     work.lost(second, "gone", is_oom=False)
     assert take(work).task is tasks[1]
     assert work.failures() == []
@@ -238,6 +239,47 @@ def test_poison_is_set_aside_and_what_nobody_is_left_for(clock: dict[str, float]
     assert [(f.task, f.kind, f.attempts) for f in work.failures()] == [
         (task, "no worker", int(i == 0)) for i, task in enumerate(tasks)
     ]
+
+
+def test_once_a_shard_is_not_stored_nothing_more_is_handed_out_and_what_is_in_work_goes_on(
+    clock: dict[str, float],
+) -> None:
+    full = StorageFailure("/results: no space left on the device", "make room")
+    tasks, work = make(9)
+    held, *attempts = [take(work) for _ in range(5)]
+    work.lost(held, "gone", is_oom=None)
+    work.failed(attempts[0], full)
+    assert not work.has_next
+    assert work.n_running == 3
+    assert work.done(attempts[1], Result())  # type: ignore[arg-type]
+    work.failed(attempts[2], full)
+    wait(work, clock, 100)
+    assert work.late() == [], "nor is one of them handed out twice"
+    work.lost(attempts[3], "gone", is_oom=False)
+    assert not work, "what was held back, or comes back, is not begun again"
+    assert [(f.task, f.kind) for f in work.failures()] == [
+        (tasks[1], "not stored"),
+        (tasks[3], "not stored"),
+        (tasks[4], "killed"),
+    ]
+
+
+def test_what_the_driver_cannot_store_is_set_aside_and_ends_the_work(clock: dict[str, float]) -> None:
+    tasks, work = make(4)
+
+    def full(task: Task, result: Any) -> bool:
+        raise StorageFailure("/results: no space left on the device", "make room")
+
+    first, second = take(work), take(work)
+    for attempt in (first, second):
+        assert work.done(attempt, Result())  # type: ignore[arg-type]
+        work.report(attempt.task, Result(), full)  # type: ignore[arg-type]
+    assert not work
+    assert [(f.task, f.kind) for f in work.failures()] == [(task, "not stored") for task in tasks[:2]]
+    error = shards_missing("4 of 4", {task.shard: task.shard.file_name for task in tasks}, work.failures())
+    assert isinstance(error, StorageFailure)
+    assert "4 of 4, because results cannot be written any more: StorageFailure: /results: no" in str(error)
+    assert "run the same command again" in error.hint
 
 
 def test_what_ended_a_worker_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

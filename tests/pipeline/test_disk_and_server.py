@@ -16,12 +16,13 @@ import psutil
 import pytest
 from make_gguf import tiny_llama
 
-from pipeline import evaluate
+from pipeline import evaluate, perplexity
 from pipeline.errors import StorageFailure
+from pipeline.perplexity import Scoring
 from pipeline.reachable import unreachable
 from pipeline.settings import ClusterSettings, PerplexitySettings, TrackingSettings
 from pipeline.worker import EvalWorker, ShardResult
-from tests.pipeline.slow_workers import settings_of
+from tests.pipeline.slow_workers import prepare, settings_of, slow_executor
 
 
 @pytest.fixture
@@ -64,25 +65,77 @@ def test_a_disk_that_is_full_ends_incomplete_and_the_run_goes_on_when_there_is_r
 ) -> None:
     elsewhere = replace(settings, paths=replace(settings.paths, results=str(tmp_path / "whole")))
     whole = evaluate(elsewhere).summary
-    filler = small_disk / "filler"
 
     def fill(number: int) -> None:
         if number == whole["n_shards"] + 2:  # the third of the run on this disk
-            with suppress(OSError), filler.open("wb", buffering=0) as file:
-                while file.write(bytes(4096)):
-                    pass
+            fill_up(small_disk)
 
-    before_each.append(fill)
-    with pytest.raises(StorageFailure, match="no space left on the device") as full:
-        evaluate(settings)
-    assert full.value.exit_code == 3
-    assert "finished shards are kept" in full.value.hint
-    assert len(list(small_disk.rglob("shard-*.parquet"))) == 2
+    begun: list[int] = []
+    before_each += [fill, begun.append]
+    full = evaluate(settings).summary
+    assert (full["exit_code"], full["error"]["type"]) == (3, "StorageFailure")
+    assert f"{whole['n_shards'] - 2} of {whole['n_shards']} shards were set aside" in full["error"]["message"]
+    assert "shard-00000004.parquet: no space left on the device" in full["error"]["message"]
+    assert "make room" in full["error"]["hint"]
+    assert len(begun) == 3, "none after the one that found no room was begun"
+    assert len(list(small_disk.rglob("shard-*.parquet"))) == full["shards_done"] == 2
     assert not list(small_disk.rglob("*.tmp")), "nothing half-written is left"
-    filler.unlink()
+    (small_disk / "filler").unlink()
     before_each.clear()
     again = evaluate(settings).summary
     assert (again["nll_sha256"], again["shards_reused"]) == (whole["nll_sha256"], 2)
+
+
+def test_a_shard_that_the_driver_cannot_store_ends_the_run_as_well(
+    settings: PerplexitySettings, before_each: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    before_each.append(begun.append)
+
+    def full(scoring: Scoring, result: ShardResult) -> None:
+        if len(begun) == 2:
+            raise StorageFailure("/results: no space left on the device", "make room")
+
+    monkeypatch.setattr(Scoring, "take", full)
+    summary = evaluate(settings).summary
+    assert (summary["exit_code"], summary["error"]["type"]) == (3, "StorageFailure")
+    assert "/results: no space left on the device" in summary["error"]["message"]
+    assert len(begun) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_on_a_cluster_finish_what_they_have_when_the_disk_is_full(
+    settings: PerplexitySettings,
+    small_disk: Path,
+    tmp_path: Path,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(perplexity, "open_executor", slow_executor)
+    prepare(tmp_path, seconds=0.1)
+    cluster = ClusterSettings("ray", windows_per_shard=1, threads_per_worker=1, address=address)
+    asked = replace(settings, cluster=cluster)
+    n_begun: list[int] = []
+    real = Scoring.take
+
+    def fill(scoring: Scoring, result: ShardResult) -> None:
+        if not n_begun:
+            fill_up(small_disk)
+            n_begun.append(len(list((tmp_path / "cache" / "marks").iterdir())))
+        real(scoring, result)
+
+    monkeypatch.setattr(Scoring, "take", fill)
+    summary = evaluate(asked).summary
+    assert (summary["exit_code"], summary["error"]["type"]) == (3, "StorageFailure")
+    assert 1 <= summary["shards_done"] < summary["n_shards"]
+    n_marks = len(list((tmp_path / "cache" / "marks").iterdir()))
+    assert n_begun[0] <= n_marks <= n_begun[0] + 2, "at most one more for each of the two workers"
+    (small_disk / "filler").unlink()
+    prepare(tmp_path, seconds=0)
+    again = evaluate(asked).summary
+    assert again["ok"]
+    assert again["shards_reused"] == summary["shards_done"]
 
 
 @pytest.mark.slow
@@ -114,6 +167,13 @@ def test_a_server_that_goes_away_costs_a_message_and_gets_the_run_when_it_is_bac
     assert again["mlflow_run_id"] is not None
     assert again["nll_sha256"] == without["nll_sha256"]
     assert again["shards_reused"] == again["n_shards"], "nothing is computed again for it"
+
+
+def fill_up(disk: Path) -> None:
+    """Leave no byte free."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
 
 
 def start(folder: Path, port: int) -> subprocess.Popen[bytes]:

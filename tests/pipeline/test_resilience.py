@@ -1,7 +1,8 @@
 """Nothing lost, nothing twice: whatever dies, hangs or crawls, the bits are those of an undisturbed run.
 
-The real engine on a tiny model, its workers slowed so that there is a middle to be hit in. Times of detection
-and recovery are printed at the end (`-s`); the bounds asserted are generous, for machines are busy.
+The real engine on a tiny model, its workers slowed so that there is a middle to be hit in, until what is
+looked for has been seen. Times of detection and recovery are printed at the end (`-s`); the bounds asserted
+are generous, for machines are busy.
 """
 
 from __future__ import annotations
@@ -72,17 +73,18 @@ class Run:
         for mark in (folder / "cache" / "marks").iterdir():
             mark.unlink()  # this process's own
 
-    def settings(self, **cluster: Any) -> Any:
-        options = {"windows_per_shard": 1, "threads_per_worker": 1, "address": self.address, **cluster}
-        return settings_of(self.folder, "results", ClusterSettings("ray", **options))
+    def settings(self, kind: str = "ray") -> Any:
+        address = self.address if kind == "ray" else None
+        cluster = ClusterSettings(kind, windows_per_shard=1, threads_per_worker=1, address=address)
+        return settings_of(self.folder, "results", cluster)
 
-    def disturbed(self, act: Callable[[], None], **cluster: Any) -> dict[str, Any]:
-        """The summary of a run, in a thread, during which `act` is called."""
+    def disturbed(self, act: Callable[[], None], kind: str = "ray") -> dict[str, Any]:
+        """The summary of a run, in a thread, during which `act` is called; what it leaves is done fast."""
         ended: list[Any] = []
 
         def evaluating() -> None:
             try:
-                ended.append(evaluate(self.settings(**cluster)).summary)
+                ended.append(evaluate(self.settings(kind)).summary)
             except BaseException as error:
                 ended.append(error)
 
@@ -91,6 +93,7 @@ class Run:
         try:
             act()
         finally:
+            prepare(self.folder, seconds=0)
             thread.join()
         assert isinstance(ended[0], dict), ended
         return ended[0]
@@ -152,34 +155,32 @@ def when(caplog: pytest.LogCaptureFixture, words: str) -> list[float]:
 
 
 def after(caplog: pytest.LogCaptureFixture, since: float, what: str) -> None:
-    """Note how long detection and recovery took, for `what` at `since`; a minute is generous."""
+    """Wait for detection and recovery, and note how long after `since` they came; a minute is generous."""
     for step, words in [("detected", "event=worker_lost"), ("recovered", "event=worker_back")]:
-        times = [moment - since for moment in when(caplog, words) if moment > since]
-        assert times, f"not {step}"
-        assert times[0] < 60
+        times = until(lambda words=words: [m - since for m in when(caplog, words) if m > since], 60)
         TIMES[f"{what}: {step}"].append(times[0])
 
 
 def test_all_killed_at_once_and_then_one_hangs(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     """The whole story in one run, for the sake of time; each alone is below."""
     prepare(run.folder, seconds=0.25)
-    moments = {}
+    stopped_at: list[float] = []
 
     def act() -> None:
         pids = run.workers(2, marks=4)
-        moments["killed"] = time.time()
+        killed = time.time()
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         n = len(run.marks())
+        after(caplog, killed, "all workers killed")
         until(lambda: len({pid for _, pid in run.marks()} - set(pids)) == 2 and len(run.marks()) > n + 3, 60)
         (stopped, *_) = {pid for _, pid in run.marks()} - set(pids)
-        moments["stopped"] = time.time()
+        stopped_at.append(time.time())
         os.kill(stopped, signal.SIGSTOP)
 
     summary = run.disturbed(act)
     run.same(summary)
-    after(caplog, moments["killed"], "all workers killed")
-    hung = [moment - moments["stopped"] for moment in when(caplog, "no answer for")]
+    hung = [moment - stopped_at[0] for moment in when(caplog, "no answer for")]
     assert hung or when(caplog, "is slow,"), "it was neither ended nor helped"
     if hung:
         TIMES["a worker stopped: detected"].append(hung[0])
@@ -188,7 +189,7 @@ def test_all_killed_at_once_and_then_one_hangs(run: Run, caplog: pytest.LogCaptu
 
 @pytest.mark.slow
 def test_a_second_driver_is_refused_and_the_first_one_ends_well(run: Run) -> None:
-    prepare(run.folder, seconds=0.1)
+    prepare(run.folder, seconds=0.5)
     refused: list[RefusedError] = []
 
     def act() -> None:
@@ -197,25 +198,24 @@ def test_a_second_driver_is_refused_and_the_first_one_ends_well(run: Run) -> Non
             evaluate(settings_of(run.folder, "results", ClusterSettings("inline")))
         refused.append(caught.value)
 
-    run.same(run.disturbed(act))
+    run.same(run.disturbed(act, "inline"))
     assert (refused[0].exit_code, refused[0].kind) == (2, "RunBusy")
     assert list(run.folder.glob("results/v1/table=windows/*/.driver.lock")) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", range(5))
-def test_a_killed_worker(run: Run, caplog: pytest.LogCaptureFixture, turn: int) -> None:
-    prepare(run.folder, seconds=0.3)
-    killed = []
+def test_workers_killed_one_after_the_other(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(run.folder, seconds=3.0)
 
     def act() -> None:
-        (pid, *_) = run.workers(2, marks=4 + turn)
-        killed.append(time.time())
-        os.kill(pid, signal.SIGKILL)
+        for turn in range(5):
+            pids = run.workers(2, marks=2 + turn)
+            killed = time.time()
+            os.kill(pids[turn % 2], signal.SIGKILL)
+            after(caplog, killed, "a worker killed")
 
     run.same(run.disturbed(act))
-    after(caplog, killed[0], "a worker killed")
-    assert len(run.marks()) == run.whole["n_windows"] + 1, "one shard was computed again, no other"
+    assert len(run.marks()) == run.whole["n_windows"] + 5, "five shards were computed again, no other"
 
 
 @pytest.mark.slow
@@ -224,19 +224,18 @@ def test_a_worker_that_hangs_is_ended(
 ) -> None:
     monkeypatch.setattr(attempts, "HANG_TIMES", 3.0)
     monkeypatch.setattr(attempts, "SLOW_S", 60.0)
-    prepare(run.folder, seconds=0.25)
-    stopped: list[float] = []
+    prepare(run.folder, seconds=0.5)
 
     def act() -> None:
         (pid, *_) = run.workers(2, marks=4)
-        stopped.append(time.time())
+        stopped = time.time()
         os.kill(pid, signal.SIGSTOP)
+        after(caplog, stopped, "a worker stopped")
         until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 60)
 
     run.same(run.disturbed(act))
     assert len(when(caplog, "event=worker_lost")) == 1
     assert when(caplog, "no answer for")
-    after(caplog, stopped[0], "a worker stopped")
 
 
 @pytest.mark.slow
@@ -245,9 +244,9 @@ def test_the_tail_of_a_crawling_worker_is_done_by_another(
 ) -> None:
     monkeypatch.setattr(attempts, "SLOW_S", 0.5)
     monkeypatch.setattr(attempts, "HANG_S", 60.0)
-    prepare(run.folder, seconds=0.8, crawls=True)
+    prepare(run.folder, seconds=0.3, crawls=True)
     started = time.monotonic()
-    run.same(run.disturbed(lambda: None))
+    run.same(evaluate(run.settings()).summary)
     wall_s = time.monotonic() - started
     doubled = [record for record in caplog.records if getattr(record, "event", "") == "shard_doubled"]
     assert len(doubled) == 1
@@ -269,7 +268,7 @@ def test_poison_is_set_aside_and_computed_when_it_is_none_any_more(run: Run) -> 
     assert summary["shards_done"] == summary["n_shards"] - 1
     assert Counter(first for first, _ in run.marks())[7] == 3
     prepare(run.folder, seconds=0)
-    run.same(evaluate(run.settings()).summary)
+    run.same(evaluate(run.settings("inline")).summary)
 
 
 @pytest.mark.slow
@@ -284,6 +283,7 @@ def test_a_worker_that_the_kernel_ends_for_memory_gets_smaller_batches(
         (group / "memory.limit_in_bytes").write_text("4096")  # what it has is not counted, the next page is
         (group / "cgroup.procs").write_text(str(pid))
         until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 60)
+        until(lambda: when(caplog, "event=out_of_memory"), 60)
 
     try:
         run.same(run.disturbed(act))
