@@ -1,13 +1,20 @@
 """The MLflow index of runs. The one door to MLflow.
 
 Parquet is the truth; MLflow is where runs are found and compared, so nothing here may cost a result: a server
-that does not answer costs a message. Importing MLflow takes seconds and a fresh SQLite schema several more,
-so a process of its own does it while the workers compute (`Tracker.prepare`), and waits for runs on its
-standard input, one message a line, one answer each. That process also keeps MLflow's memory, its prints and
-its time-outs out of the driver; it is the only one that writes.
+that does not answer costs a message. MLflow is imported in a process of its own (mlflow_process.py), while
+the workers compute (`Tracker.prepare`); it is the only one that writes. Run as a program, this module is that
+process. run_index.py asks it for runs that were logged before.
 
 A sweep is a parent run that stays open while its points are logged as children (tag `mlflow.parentRunId`).
 Should the driver die, its process sees the end of its input and marks the parent KILLED.
+
+    message                                   answer, besides {"error": ...}; {"fatal": ...} is the last one
+    {"log": a Record}                         {"run_id": ...}
+    {"end": run, metrics, artifacts, status}  {"run_id": ...}
+    {"tagged": key, "value": text or null}    {"runs": [...]}; null: any value
+    {"run": run}                              {"runs": [...]}; [] when there is no such run
+    {"fetch": run, "artifact", "folder"}      {"path": ...}
+    {"tag": run, "key", "value"}              {"run_id": ...}; null: the tag is taken away
 """
 
 from __future__ import annotations
@@ -16,23 +23,20 @@ import json
 import logging
 import math
 import os
-import select
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+from pipeline.mlflow_process import MlflowProcess, Unanswered, local_uri, send, server_uri
 from pipeline.reachable import unreachable
 from pipeline.redact import redacted
 from pipeline.settings import TrackingSettings, shown
 
-LOG_TIMEOUT_S = 120.0
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 5000, 250  # MLflow's limits for a value and a key
 MAX_DIGEST = 32  # characters of a data set's digest; a whole SHA-256 is refused, so it is a tag as well
 LATER = "run the same command again: finished shards are reused, nothing is computed twice"
@@ -142,25 +146,24 @@ class NoTracker:
         pass
 
 
-def open_tracker(settings: TrackingSettings, results: Path) -> Tracker:
+def open_tracker(settings: TrackingSettings, results: Path, later: str = LATER) -> Tracker:
     """The tracker that the settings name; a server is asked once, shortly, whether it is there.
 
     Args:
         results: `paths.results`; tracking=local keeps `mlflow.db` and `mlartifacts/` in it.
+        later: how a run that could not be logged is logged after all.
     """
     if settings.kind == "none":
         return NoTracker()
     if settings.kind == "local":
-        results = results.absolute()
-        return MlflowTracker(
-            f"sqlite:///{results / 'mlflow.db'}", settings.experiment, results / "mlartifacts"
-        )
-    uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+        folder = results.absolute() / "mlartifacts"
+        return MlflowTracker(local_uri(results), settings.experiment, folder, later)
+    uri = server_uri(settings)
     if problem := unreachable(uri):
-        warning = f"MLflow at {shown(uri) or 'no address'}: {problem}; this run is not logged. Later: {LATER}"
+        warning = f"MLflow at {shown(uri) or 'no address'}: {problem}; this run is not logged. Later: {later}"
         log.warning("%s", warning)
         return NoTracker(warning)
-    return MlflowTracker(uri, settings.experiment)
+    return MlflowTracker(uri, settings.experiment, later=later)
 
 
 class MlflowTracker:
@@ -168,37 +171,22 @@ class MlflowTracker:
 
     Args:
         artifacts: folder for the artifacts of an experiment that is new; None leaves it to the server.
+        later: how a run that could not be logged is logged after all.
     """
 
-    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
+    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None, later: str = LATER) -> None:
         self.warnings: list[str] = []
-        self._target = {
-            "uri": uri,
-            "experiment": experiment,
-            "artifacts": artifacts.as_uri() if artifacts else None,
-        }
-        self._folder = artifacts.parent if artifacts else None
-        self._child: subprocess.Popen[str] | None = None
+        self._uri, self._later = uri, later
+        self._process = MlflowProcess(uri, experiment, artifacts)
         self._given_up = False  # what did not answer once is not asked again
 
     def prepare(self) -> None:
-        if self._child is not None or self._given_up:
+        if self._given_up:
             return
         try:
-            if self._folder is not None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            root = str(Path(__file__).resolve().parent.parent)
-            path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.tracking"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-            _send(self._child.stdin, self._target)
-        except OSError as error:
-            self._warn(str(error))
+            self._process.start()
+        except Unanswered as problem:
+            self._give_up(problem)
 
     def log_run(
         self,
@@ -228,8 +216,9 @@ class MlflowTracker:
         )
         said = self._ask({"log": redacted(asdict(record))})
         if parent is None and not stays_open:
-            self._dismiss()
-        return said.get("run_id")
+            self._process.dismiss()
+        run_id: str | None = said.get("run_id")
+        return run_id
 
     def end_run(
         self,
@@ -242,61 +231,30 @@ class MlflowTracker:
         status = "FINISHED" if complete else "FAILED"
         paths = [str(path) for path in artifacts]
         self._ask({"end": run_id, "metrics": _finite(metrics), "artifacts": paths, "status": status})
-        self._dismiss()
+        self._process.dismiss()
 
-    def _ask(self, message: Mapping[str, Any]) -> dict[str, str]:
-        """Send the child a message and wait for its answer; {} where there is none, which costs a warning."""
-        self.prepare()
-        child = self._child
-        if child is None:
+    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a message and wait for its answer; {} where there is none, which costs a warning."""
+        if self._given_up:
             return {}
         try:
-            _send(child.stdin, message)
-            assert child.stdout is not None, "the child was started with pipes"
-            answered, _, _ = select.select([child.stdout], [], [], LOG_TIMEOUT_S)
-            answer = child.stdout.readline() if answered else None
-        except (OSError, ValueError) as error:  # ValueError: closed meanwhile, after an interrupt
-            self._give_up(str(error))
+            said = self._process.ask(message)
+        except Unanswered as problem:
+            self._give_up(problem)
             return {}
-        if answer is None:
-            self._give_up(f"no answer within {LOG_TIMEOUT_S:.0f} s")
-            return {}
-        said: dict[str, str] = json.loads(answer) if answer.strip() else {"fatal": "its process ended early"}
-        if "fatal" in said:
-            self._give_up(said["fatal"])
-        elif "error" in said:
+        if "error" in said:
             self._warn(said["error"])
         return said
 
-    def _give_up(self, problem: str) -> None:
-        self._given_up = True
-        self._warn(problem)
-        child, self._child = self._child, None
-        if child is not None:
-            child.kill()
-            child.communicate()
-
-    def _dismiss(self) -> None:
-        """Let the child end, and wait for it: it has nothing left to do."""
-        child, self._child = self._child, None
-        if child is None:
-            return
-        try:
-            child.communicate(timeout=LOG_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-
     def close(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            # Not killed: it may be in the middle of creating the database. It ends when its input does.
-            threading.Thread(target=child.communicate, daemon=True).start()
+        self._process.close()
+
+    def _give_up(self, problem: Unanswered) -> None:
+        self._given_up = True
+        self._warn(str(problem))
 
     def _warn(self, problem: str) -> None:
-        warning = (
-            f"MLflow at {shown(self._target['uri'] or '')}: {problem}; this run is not logged. Later: {LATER}"
-        )
+        warning = f"MLflow at {shown(self._uri)}: {problem}; this run is not logged. Later: {self._later}"
         self.warnings.append(warning)
         log.warning("%s", warning)
 
@@ -319,12 +277,6 @@ def _finite(metrics: Mapping[str, float | int | None]) -> dict[str, float]:
 def _cut(value: Any, length: int) -> str:
     text = str(value)
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _send(stream: IO[str] | None, message: Mapping[str, Any]) -> None:
-    assert stream is not None, "the child was started with pipes"
-    stream.write(json.dumps(message) + "\n")
-    stream.flush()
 
 
 def _log(client: Any, experiment: str, record: dict[str, Any]) -> str:
@@ -375,12 +327,16 @@ def _metrics(values: Mapping[str, float]) -> list[Any]:
     return [Metric(key, value, now, 0) for key, value in values.items()]
 
 
-def _experiment(client: Any, name: str, artifacts: str | None) -> str:
-    found = client.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # opens as runs with metrics, not as traces
-    return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
+def _experiment(client: Any, target: dict[str, Any], *, make: bool) -> str | None:
+    """Id of the experiment, None where it is not there yet and not to be made."""
+    if "id" not in target and (found := client.get_experiment_by_name(target["experiment"])):
+        target["id"] = str(found.experiment_id)
+    if "id" not in target and make:
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # opens as runs with metrics, not traces
+        target["id"] = str(
+            client.create_experiment(target["experiment"], artifact_location=target["artifacts"], tags=kind)
+        )
+    return target.get("id")
 
 
 def _child() -> None:
@@ -398,35 +354,87 @@ def _child() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     setup_logging()
     try:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=target["uri"], registry_uri=target["uri"])
-        experiment = _experiment(client, target["experiment"], target["artifacts"])
+        _experiment(client, target, make=False)  # asks the server, which may not be there
     except Exception as error:
         if sys.stdin.readline():
-            _send(answer, {"fatal": _told(error)})
+            send(answer, {"fatal": _told(error)})
         os._exit(0)
     still_open: list[str] = []
     for line in sys.stdin:
         message = json.loads(line)
         try:
+            said = _answer(client, target, message)
             if "end" in message:
                 still_open.remove(message["end"])
-                _end(client, message)
-                said = {"run_id": message["end"]}
-            else:
-                said = {"run_id": _log(client, experiment, message["log"])}
-                if message["log"]["status"] == "RUNNING":
-                    still_open.append(said["run_id"])
+            elif message.get("log", {}).get("status") == "RUNNING":
+                still_open.append(said["run_id"])
         except Exception as error:
             said = {"error": _told(error)}
         with suppress(OSError):  # a driver that is gone: its runs are ended below
-            _send(answer, said)
+            send(answer, said)
     for run_id in still_open:
         client.set_terminated(run_id, "KILLED")
     os._exit(0)  # everything is written; MLflow's exit handlers would take half a second of the driver's time
+
+
+def _answer(client: Any, target: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
+    """Do what a message asks for."""
+    if "log" in message:
+        experiment = _experiment(client, target, make=True)
+        assert experiment is not None, "made"
+        return {"run_id": _log(client, experiment, message["log"])}
+    if "end" in message:
+        _end(client, message)
+        return {"run_id": message["end"]}
+    if "tagged" in message:
+        return {"runs": _tagged(client, _experiment(client, target, make=False), message)}
+    if "run" in message:
+        return {"runs": _known(client, message["run"])}
+    if "fetch" in message:
+        return {"path": client.download_artifacts(message["fetch"], message["artifact"], message["folder"])}
+    if message["value"] is None:
+        client.delete_tag(message["tag"], message["key"])
+    else:
+        client.set_tag(message["tag"], message["key"], message["value"])
+    return {"run_id": message["tag"]}
+
+
+def _tagged(client: Any, experiment: str | None, message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs that carry a tag, newest first."""
+    if experiment is None:
+        return []
+    value = message["value"]
+    condition = f"tags.`{message['tagged']}` " + ("LIKE '%'" if value is None else f"= '{value}'")
+    newest = ["attributes.start_time DESC"]
+    return [_run(run) for run in client.search_runs([experiment], condition, order_by=newest)]
+
+
+def _known(client: Any, run_id: str) -> list[dict[str, Any]]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return [_run(client.get_run(run_id))]
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return []
+        raise
+
+
+def _run(run: Any) -> dict[str, Any]:
+    return {
+        "run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "started_ms": run.info.start_time,
+        "deleted": run.info.lifecycle_stage == "deleted",
+        "tags": dict(run.data.tags),
+    }
 
 
 def _told(error: Exception) -> str:

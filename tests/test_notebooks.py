@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import pydoc_data.topics
 import re
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import numpy as np
 import pytest
+import regressions
+
+from pipeline import store
+from pipeline.regression import record
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MAMBA = Path(__file__).parent / "data/mamba-tiny-q8_0.gguf"
@@ -184,3 +190,33 @@ def test_mamba_bits_ranks_by_divergence_per_byte(executed) -> None:
     assert by_name["all"]["kld_mean"] > max(by_name[name]["kld_mean"] for name in ranked)
     assert set(names["drifts"]) == set(RULES)
     assert names["targets"].is_carried
+
+
+def test_history_without_runs_is_made_up_and_says_so(executed) -> None:
+    names, said, n_figures = executed("04")
+    assert n_figures == 1
+    assert "no run of suite smoke is recorded" in said
+    assert all(axis.get_title("left").startswith("MADE UP: ") for axis in names["axes"].flat)
+    assert [len(found.changes) for found in names["found"]] == [1, 3]
+
+
+def test_history_marks_the_changes_of_recorded_runs(
+    executed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for at in range(8):
+        when = regressions.TODAY + timedelta(days=at)
+        run = replace(regressions.passed(), provenance=regressions.provenance(when, version=f"0.{at // 5}"))
+        if at >= 5:
+            run = replace(run, measured=regressions.measured(moved={3: 0.5}))
+        record.write(store.regressions_folder(tmp_path, run.run_key), run)
+    monkeypatch.setenv("PAGEMILL_RESULTS", str(tmp_path))
+    names, said, n_figures = executed("04")
+    assert n_figures == 1
+    assert "MADE UP" not in said
+    assert "8 runs from 2026-11-22 to 2026-11-29, 7 figures" in said
+    assert {found.id[:4]: found.changes for found in names["found"] if found.changes} == {
+        ("pydoc", "tiny", "pydoc", "ppl"): [5]
+    }
+    assert len(names["lines"]) == 1
+    assert "version 0.0 → 0.1" in names["lines"][0]
+    assert "2026-11-27 03:00: pydoc ppl" in said

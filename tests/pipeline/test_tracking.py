@@ -8,14 +8,21 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import tracking
+from pipeline import mlflow_process, run_index, tracking
+from pipeline.errors import SettingsError, StoreError
+from pipeline.mlflow_process import MlflowProcess
+from pipeline.regression import record
+from pipeline.regression.baselines import TAG, NoBaseline, find, promote
+from pipeline.run_index import open_index
 from pipeline.settings import TrackingSettings
 from pipeline.tracking import DataInput, MlflowTracker, NoTracker, flattened, open_tracker
+from tests.pipeline.regressions import outcome, recorded
 
 PARAMS = {"model": {"path": "m.gguf"}, "protocol": {"window": 512, "limit": None}}
 DATA = DataInput("wikitext2", "/data/wiki.test.raw", "a" * 64)
@@ -45,6 +52,24 @@ def run_id(results: Path) -> str:
     assert tracker.warnings == []
     assert logged is not None
     return logged
+
+
+@pytest.fixture(scope="module")
+def process(results: Path, run_id: str) -> Iterator[MlflowProcess]:
+    """One MLflow for several tests: each takes seconds to start."""
+    uri = mlflow_process.local_uri(results)
+    started = MlflowProcess(uri, TrackingSettings().experiment, results / "mlartifacts")
+    yield started
+    started.dismiss()
+
+
+@pytest.fixture
+def shared(process: MlflowProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a test does is asked of that one, which it does not end."""
+    monkeypatch.setattr(process, "dismiss", lambda: None)
+    monkeypatch.setattr(process, "close", lambda: None)
+    for module in (tracking, run_index):
+        monkeypatch.setattr(module, "MlflowProcess", lambda *_: process)
 
 
 def query(results: Path, text: str) -> list[tuple[Any, ...]]:
@@ -98,7 +123,7 @@ def test_nothing_of_mlflow_reaches_the_driver_or_standard_output(
     assert query(results, "select status from runs where name = 'again'") == [("FAILED",)]
 
 
-def test_points_of_a_sweep_are_children_of_a_parent_that_ends_with_it(results: Path, run_id: str) -> None:
+def test_points_of_a_sweep_are_children_of_a_parent_that_ends_with_it(results: Path, shared: None) -> None:
     tracker = open_tracker(TrackingSettings(), results)
     parent = tracker.log_run("sweep", {"axis": "a, b"}, {}, {"run_key": "s1"}, stays_open=True)
     assert parent is not None
@@ -125,7 +150,7 @@ def test_a_sweep_that_is_interrupted_is_marked_killed(results: Path, run_id: str
 
 
 def test_what_did_not_answer_once_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "LOG_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(mlflow_process, "TIMEOUT_S", 0.1)
     tracker = MlflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "x", tmp_path / "mlartifacts")
     for _ in range(3):
         assert tracker.log_run("x", {}, {}, {"run_key": "k"}, parent="p") is None
@@ -187,7 +212,7 @@ def test_a_results_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path) ->
 
 
 def test_logging_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "LOG_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(mlflow_process, "TIMEOUT_S", 0.1)
     tracker = MlflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "x", tmp_path / "mlartifacts")
     assert tracker.log_run("x", {}, {}, {"run_key": "k"}) is None
     assert "no answer" in tracker.warnings[0]
@@ -200,3 +225,66 @@ def test_settings_become_dotted_text() -> None:
 def test_the_driver_never_imports_mlflow() -> None:
     code = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_runs_are_looked_up_tagged_and_their_artifacts_fetched(
+    results: Path, run_id: str, shared: None, tmp_path: Path
+) -> None:
+    with open_index(TrackingSettings(), results) as index:
+        index.set_tag(run_id, "a.key", "it's, here")
+        (run,) = index.tagged("a.key")
+        assert (run.id, run.name, run.status, run.started_ms) == (run_id, "demo", "FINISHED", 10**12)
+        assert run.tags["a.key"] == "it's, here"
+        assert index.run(run_id) == run
+        index.set_tag(run_id, "a.key", None)
+        assert index.tagged("a.key") == []
+        assert [found.id for found in index.tagged("run_key", "k1")].count(run_id) == 1
+        assert index.run("0" * 32) is None
+        assert index.fetch(run_id, "row.parquet", tmp_path).read_bytes() == b"PAR1"
+        with pytest.raises(
+            StoreError, match=f"MLflow run {run_id} at sqlite:.*: its no.parquet cannot be had"
+        ):
+            index.fetch(run_id, "no.parquet", tmp_path)
+
+
+def test_there_is_nothing_to_look_up_without_tracking(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="tracking=none"):
+        open_index(TrackingSettings("none"), tmp_path)
+    with open_index(TrackingSettings(), tmp_path) as index:
+        assert index.tagged("run_key") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_baseline_goes_through_a_real_mlflow_and_back(results: Path, shared: None) -> None:
+    runs = []
+    for minute in (4, 5):
+        run, tracker = outcome(minute=minute), open_tracker(TrackingSettings(), results)
+        runs.append(record.track(tracker, run, [recorded(results, run)], 1e9))
+        assert tracker.warnings == []
+    first, second = (run for run in runs if run is not None)
+    with pytest.raises(NoBaseline):
+        find(None, "smoke", TrackingSettings(), results)
+    promote(first, None, "smoke", TrackingSettings(), results)
+    base = find(None, "smoke", TrackingSettings(), results)
+    assert base.run == first
+    assert base.provenance["finished_at"].minute == 4
+    promote(str(recorded(results, outcome(minute=6))), None, "smoke", TrackingSettings(), results)
+    third = find(None, "smoke", TrackingSettings(), results)
+    assert third.run not in (first, second)
+    assert third.provenance["finished_at"].minute == 6
+    promote(second, None, "smoke", TrackingSettings(), results)
+    assert find("smoke", "smoke", TrackingSettings(), results).run == second
+    with open_index(TrackingSettings(), results) as index:
+        assert [run.id for run in index.tagged(TAG)] == [second]
+        assert index.run("0" * 32) is None
+        (known,) = index.tagged("record", "run-20260102T030505.678901Z.parquet")
+        assert (known.id, known.name, known.status) == (second, "smoke: passed", "FINISHED")
+    for artifact in (results / "mlartifacts").rglob("run-*.parquet"):
+        artifact.unlink()
+    with pytest.raises(StoreError, match=f"the tables of a baseline are gone: MLflow run {second}"):
+        find(None, "smoke", TrackingSettings(), results)
+    with sqlite3.connect(results / "mlflow.db") as db:
+        db.execute(f"update runs set lifecycle_stage = 'deleted' where run_uuid = '{first}'")
+    db.close()
+    with pytest.raises(NoBaseline, match="is deleted"):
+        find(first, "smoke", TrackingSettings(), results)
