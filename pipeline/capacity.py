@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 BASE_BYTES = 150_000_000
 """Of a worker beside its model and its cache: the interpreter and the libraries."""
+RAY_BYTES = 420_000_000
+"""Of a Ray of our own beside its workers: the PSS of its seven processes, 340 MB (Ray 2.60.0), and its object
+store's 80 MiB. An existing cluster's is in use already when its nodes are looked at."""
 GB = 1e9
 
 _MEMINFO, _CGROUPS, _OWN_CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -69,7 +72,8 @@ def check_run(
 
     def need(batch_tokens: int) -> int:
         own = worker_bytes(file, s.engine, batch_tokens, shape(batch_tokens), n_variants)
-        return n_workers * own + loaded_bytes(file, s.engine.load, n_workers)
+        beside = RAY_BYTES if s.cluster.kind == "local" else 0
+        return beside + n_workers * own + loaded_bytes(file, s.engine.load, n_workers)
 
     workers = "1 worker wants" if n_workers == 1 else f"{n_workers} workers want"
     fewer = ", cluster.workers=1" if n_workers > 1 else ""

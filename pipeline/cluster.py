@@ -20,9 +20,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeline import events
+from pipeline.capacity import RAY_BYTES
 from pipeline.errors import ClusterUnreachable
-from pipeline.executor import WORKER, Executor, InlineExecutor, OnResult, ShardFailure, Task
+from pipeline.executor import (
+    WORKER,
+    Executor,
+    InlineExecutor,
+    OnResult,
+    ShardFailure,
+    Task,
+    publishing,
+)
 from pipeline.placement import Need, Place, Plan, plan
+from pipeline.probe import Probes
 from pipeline.ray_metrics import ClusterMetrics
 from pipeline.ray_pool import Pool
 from pipeline.runtime import available_cores, environment, prepare_local_ray, prepare_remote_ray, worker_env
@@ -75,6 +85,8 @@ def plan_of(settings: ClusterSettings, need: Need) -> Plan:
 def plan_here(settings: ClusterSettings, need: Need) -> Plan:
     """The plan of this host alone; whose models are the driver's own."""
     node = replace(look(), models=need.models)
+    if settings.kind == "local" and node.left_bytes is not None:
+        node = replace(node, left_bytes=max(0, node.left_bytes - RAY_BYTES))
     wanted = 1 if settings.kind == "inline" else settings.workers
     return plan([node], need, wanted=wanted, numa="none" if settings.kind == "inline" else settings.numa)
 
@@ -104,12 +116,15 @@ class RayExecutor:
         survey = self._survey
         if survey is None:
             raise RuntimeError("plan() leaves a survey")
+        probes = self._probes(specs[0], made)
+        survey.send_cached()
         survey.copy_models()
         variables = None if self._settings.kind == "local" else worker_env(self._threads)
         versions = self._versions
 
         def places_for(nodes: Sequence[Mapping[str, Any]]) -> list[Place]:
-            return survey.places_for([node for node in nodes if versions is None or versions.admits(node)])
+            fit = [node for node in nodes if versions is None or versions.admits(node)]
+            return survey.places_for([node for node in fit if probes is None or probes.admits(node)])
 
         self._pool = Pool(self._ray, self._factory, specs, self._threads, variables, places_for)
         infos = self._pool.start()
@@ -136,6 +151,16 @@ class RayExecutor:
         self._survey = Survey(self._ray, self._need, wanted=s.workers, numa=s.numa)
         return self._survey.plan(self._nodes())
 
+    def _probes(self, spec: WorkerSpec, made: Plan) -> Probes | None:
+        """Have the nodes that get workers try where they can write; None on this host, where it was tried."""
+        folder = getattr(spec, "run_dir", None)
+        if self._settings.kind == "local" or folder is None:
+            return None
+        probes = Probes(self._ray, None if self._settings.collect else folder, spec.cache_dir)
+        chosen = {planned.node.node_id for planned in made.nodes if planned.places}
+        probes.require([node for node in self._nodes() if node["NodeID"] in chosen])
+        return probes
+
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
@@ -143,7 +168,7 @@ class RayExecutor:
         if self._pool is None:
             raise RuntimeError("run() before start()")
         with events.of_runs(tasks):
-            return self._pool.run(tasks, on_result)
+            return self._pool.run(tasks, publishing(on_result))
 
     def memory(self) -> list[dict[str, Any]]:
         return [] if self._pool is None else self._pool.memory()

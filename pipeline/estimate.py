@@ -14,17 +14,23 @@ from __future__ import annotations
 import math
 import socket
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import results
 from pipeline.capacity import worker_bytes
+from pipeline.folders import folder_of
 from pipeline.placement import Need
 from pipeline.preflight import Prepared
-from pipeline.settings import PerplexitySettings
+from pipeline.settings import ClusterSettings, PathsSettings, PerplexitySettings
+from pipeline.token_copies import CacheFile, files_of
+from pipeline.tokens import TokenStream
 from pipeline.topology import ModelFile
 from pipeline.windows import cache_shape, open_protocol
+
+if TYPE_CHECKING:
+    import engine
 
 SHARE = 0.5
 _LATEST = 5
@@ -40,13 +46,14 @@ class Estimator:
     """Estimates for the runs of one invocation: the store is read once, the machine timed at most once."""
 
     def __init__(self, settings: PerplexitySettings) -> None:
-        folder = Path(settings.paths.results)
+        folder = folder_of(settings.paths.results)
         self._rows = results.select(folder, _ROWS, {"host": socket.gethostname()})
         self._gflops: float | None = None
 
     def plan(self, ready: Prepared, n_workers: int) -> dict[str, Any]:
         """`estimated_s`, `estimated_from` in words, `model_bytes`, `worker_bytes`."""
-        rate, how = self._rate(ready)
+        s = ready.settings
+        rate, how = self.rate(ready.file, ready.spec.model_sha256, s.engine.threads, s.protocol.window)
         n_left = sum(shard.n_windows for shard in ready.todo) * ready.settings.protocol.window
         return {
             "estimated_s": n_left / (rate * max(1, min(n_workers, len(ready.todo)))),
@@ -55,15 +62,9 @@ class Estimator:
             "worker_bytes": own_bytes(ready),
         }
 
-    def _rate(self, ready: Prepared) -> tuple[float, str]:
-        """Tokens/s of one worker, and where that comes from."""
-        threads = ready.settings.engine.threads
-        rows = [
-            row
-            for row in self._rows
-            if row["model_sha256"] == ready.spec.model_sha256 and row["threads"] == threads
-        ]
-        window = ready.settings.protocol.window
+    def rate(self, file: engine.GGUFFile, sha256: str, threads: int, window: int) -> tuple[float, str]:
+        """Tokens/s of one worker with that model, and where that comes from."""
+        rows = [row for row in self._rows if row["model_sha256"] == sha256 and row["threads"] == threads]
         alike = [row["rate"] for row in rows if row["protocol_window"] == window][:_LATEST]
         if alike:
             rate = statistics.median(alike)
@@ -79,7 +80,7 @@ class Estimator:
                 f"{_runs(n)} of this model with other windows on this host: {rate:.0f} tok/s a worker",
             )
         gflops = self._ceiling(threads)
-        n_weights = sum(math.prod(t.shape) for t in ready.file.tensors.values() if len(t.shape) == 2)
+        n_weights = sum(math.prod(t.shape) for t in file.tensors.values() if len(t.shape) == 2)
         rate = SHARE * gflops * 1e9 / max(1, 2 * n_weights)
         return rate, (
             f"no earlier run of this model here: {SHARE:.0%} of {gflops:.0f} GFLOP/s measured now, "
@@ -94,8 +95,15 @@ class Estimator:
         return self._gflops
 
 
-def need_of(runs: Sequence[Prepared]) -> Need:
-    """What workers take that score one run after another."""
+def need_of(runs: Sequence[Prepared], extra_bytes: int = 0) -> Need:
+    """What workers take that score one run after another.
+
+    Args:
+        extra_bytes: that each allocates beside what it takes to score.
+
+    Raises:
+        StoreError: a token stream cannot be read.
+    """
     s = runs[0].settings
     files = {ready.settings.model.path: ready for ready in runs}
     models = (
@@ -109,12 +117,24 @@ def need_of(runs: Sequence[Prepared]) -> Need:
     )
     return Need(
         threads=s.engine.threads,
-        worker_bytes=max(own_bytes(ready) for ready in runs),
+        worker_bytes=max(own_bytes(ready) for ready in runs) + extra_bytes,
         models=tuple(models),
         load=s.engine.load,
         cache=s.paths.cache,
         limit_bytes=s.paths.limit_bytes,
+        cached=cached_files(s.cluster, s.paths, (ready.stream for ready in runs)),
     )
+
+
+def cached_files(
+    cluster: ClusterSettings, paths: PathsSettings, streams: Iterable[TokenStream]
+) -> tuple[CacheFile, ...]:
+    """What nodes may have to be sent of the driver's cache; nothing where workers are of this host.
+
+    Raises:
+        StoreError: a file cannot be read.
+    """
+    return files_of(streams, Path(paths.cache)) if cluster.kind == "ray" else ()
 
 
 def own_bytes(ready: Prepared) -> int:

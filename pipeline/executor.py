@@ -6,7 +6,7 @@ that file while there are any. One call in flight per worker. An exception of ou
 once and is never retried. A process that dies takes its shard back to the end of the file's shards; a shard
 that ended `MAX_KILLS` processes is set aside. A shard that goes on from another one's state is handed out
 when that one is done, before others; when that one is set aside, so is it. When nobody is left to work, the
-rest of the shards is handed back, not waited for.
+rest of the shards is handed back, not waited for. Once a shard could not be stored, no other is handed out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pipeline import events
-from pipeline.errors import IncompleteError
+from pipeline.errors import IncompleteError, StorageFailure
 
 if TYPE_CHECKING:
     from pipeline.shards import Shard
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WORKER = "pipeline.worker:EvalWorker"
 _NAMED_AT_MOST = 5
+NOT_STORED = "not stored"
 MAX_KILLS = 3  # processes that a shard may end before it is set aside
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,10 @@ class Task:
 
 
 OnResult = Callable[[Task, "ShardResult"], bool | None]
-"""Called after each task; True says that the tasks not yet handed out are not needed any more."""
+"""Called after each task; True says that the tasks not yet handed out are not needed any more.
+
+A StorageFailure that it raises sets the task aside; the others that are in work are still reported.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class ShardFailure:
     """A shard that was set aside.
 
     `kind` is "error" (an exception of ours), "killed" (it ended `attempts` processes), "not reached" (the
-    shard that it goes on from was set aside) or "no worker" (nobody was left).
+    shard that it goes on from was set aside), "not stored" (there was no room for it, or it could not be
+    written for another reason) or "no worker" (nobody was left).
     """
 
     task: Task
@@ -107,6 +112,20 @@ class Executor(Protocol):
     def close(self) -> None:
         """Stop the workers; may be called twice, and after an interrupt."""
         ...
+
+
+def publishing(on_result: OnResult) -> OnResult:
+    """The same, called when the tables that a shard's worker sent are published.
+
+    The function that it makes raises StorageFailure when one cannot be.
+    """
+
+    def take(task: Task, result: ShardResult) -> bool | None:
+        for table in getattr(result, "unpublished", ()):
+            table.commit()
+        return on_result(task, result)
+
+    return take
 
 
 class Queue:
@@ -241,17 +260,26 @@ class InlineExecutor:
             raise RuntimeError("run() before start()")
         todo, failures = Queue(tasks), []
         rank = {task: i for i, task in enumerate(tasks)}
+        on_result = publishing(on_result)
         with events.of_runs(tasks):
             while todo:
                 task = todo.take()
                 try:
                     result = self._host.run(task)
+                except StorageFailure as error:
+                    todo.drop()
+                    failures.append(set_aside(task, NOT_STORED, describe(error), 1))
                 except Exception as error:
                     failures += [set_aside(task, "error", describe(error), 1), *todo.failed(task)]
                 else:
                     events.shard_done(task, result)
                     todo.done(task)
-                    if on_result(task, result):
+                    try:
+                        is_enough = on_result(task, result)
+                    except StorageFailure as error:
+                        is_enough = True
+                        failures.append(set_aside(task, NOT_STORED, describe(error), 1))
+                    if is_enough:
                         todo.drop()
         return sorted(failures, key=lambda failure: rank[failure.task])
 
@@ -280,6 +308,12 @@ def shards_missing(
         names: of the shards, for the message.
     """
     causes = {failure.shard: failure for failure in failures}
+    for stopped in failures:
+        if stopped.kind == NOT_STORED:
+            return StorageFailure(
+                f"{what}, because results cannot be written any more: {stopped.cause}",
+                "finished shards are kept: make room or repair the disk, and run the same command again",
+            )
     told = []
     for shard, name in list(names.items())[:_NAMED_AT_MOST]:
         failure = causes.get(shard)

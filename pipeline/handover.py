@@ -2,6 +2,9 @@
 
     .state-<first window of the following shard, 8 digits>
 
+Where workers do not see the shards' folder, or it is an object store, the files are in the node's own cache,
+<paths.cache>/states/<run key>: a shard whose document another node began does not find them.
+
 A shard that hands its state on saves it before it publishes its own file, so behind a finished shard there is
 a state as long as the following shard is not finished. The state is written under a name of its own and
 linked into place: the first writer wins, and since the same tokens give the same bits it does not matter
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,13 +27,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import StorageFailure
+from pipeline.settings import is_url
 from pipeline.shards import Shard
 
 if TYPE_CHECKING:
     import engine
+    from pipeline.worker import WorkerSpec
 
 _PREFIX = ".state-"
+_KEPT_S = 7 * 24 * 3600.0  # of what other runs left in a node's own folder
 log = logging.getLogger(__name__)
+
+
+def is_own(spec: WorkerSpec) -> bool:
+    """Whether each node has the run's states for itself."""
+    return spec.collect or is_url(spec.run_dir)
+
+
+def place(spec: WorkerSpec) -> Path:
+    """Where the states of a run lie, seen from this node."""
+    return Path(spec.cache_dir) / "states" / spec.run_key if is_own(spec) else Path(spec.run_dir)
+
+
+def prepared(spec: WorkerSpec) -> Path:
+    """`place`, made where it is the node's own; what runs that never ended left there long ago goes.
+
+    Raises:
+        StorageFailure: it cannot be made.
+    """
+    folder = place(spec)
+    if not is_own(spec) or folder.exists():
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageFailure(
+            f"{folder}: cannot be made: {error.strerror}", "paths.cache must be a folder that can be written"
+        ) from error
+    for other in folder.parent.iterdir():
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > _KEPT_S:
+                shutil.rmtree(other)
+    return folder
 
 
 def state_path(run_dir: Path, first_window: int) -> Path:

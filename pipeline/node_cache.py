@@ -31,8 +31,9 @@ from pipeline import fetch
 from pipeline.cache_room import alone, make_room, remove
 from pipeline.errors import DataError, ModelError, PipelineError, StoreError
 from pipeline.provenance import files_sha256
-from pipeline.settings import shown
+from pipeline.settings import is_url, shown
 
+_BLOCK = 1 << 20
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 log = logging.getLogger(__name__)
@@ -117,11 +118,18 @@ def model_copy(wanted: Wanted, folder: Path) -> Copy:
         raise ModelError(f"{where}{error}", error.hint) from error
 
 
-def prefetch(wanted: Wanted, folder: Path) -> threading.Thread:
-    """Fetch a model in the background, unless another process of the node does; a failure is only told."""
+def prefetch(wanted: Wanted, folder: Path, beside_bytes: int = 0) -> threading.Thread:
+    """Bring a model nearer in the background, unless another process of the node does; failing is only told.
+
+    What a URL names is fetched. A file is read into the page cache if that has room for it beside what is in
+    use, `beside_bytes`; nothing of it is mapped.
+    """
 
     def work() -> None:
         try:
+            if not is_url(wanted.url):
+                _read_ahead(wanted.url, folder, beside_bytes)
+                return
             copy = _copy(wanted.url, wanted.sha256, folder, wanted.limit_bytes, wait=False)
             if copy is not None:
                 copy.close()
@@ -132,6 +140,36 @@ def prefetch(wanted: Wanted, folder: Path) -> threading.Thread:
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     return thread
+
+
+def _read_ahead(path: str, folder: Path, beside_bytes: int) -> None:
+    """Read all of a model's files once; not twice on one host at a time."""
+    import engine
+    from pipeline.capacity import available_bytes
+
+    with engine.open(path) as file:
+        parts, n_bytes = file.paths, file.n_bytes
+        n_missing = n_bytes - file.resident_bytes()
+    left = available_bytes()
+    if n_missing <= 0 or (left is not None and left < n_bytes + beside_bytes):
+        return
+    name = hashlib.sha256(path.encode()).hexdigest()[:16]
+    locks = folder / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = os.open(
+        locks / f"ahead.{name}.{socket.gethostname()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+    )
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        block = bytearray(_BLOCK)
+        for part in parts:
+            with Path(part).open("rb", buffering=0) as raw:
+                while raw.readinto(block):
+                    pass
+    except BlockingIOError:
+        return
+    finally:
+        os.close(lock)
 
 
 def kept(url: str, folder: Path) -> list[Path]:

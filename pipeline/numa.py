@@ -8,12 +8,14 @@ bytes, so the same scores.
 A copy is a file of memory (memfd: tmpfs without a mount, a size limit or a name) that a thread bound to the
 NUMA node (`set_mempolicy`) has written; where its pages came to lie is read back from
 `/proc/self/numa_maps`. A `Keeper` holds the copies of a host and lends them through `/proc`: they are gone
-with the last process that maps one, however it ended. What is left behind by a kill is a folder of links.
+with the last process that maps one, however it ended. What is left behind by a kill is a folder of links,
+which the next one removes: whoever lives has a lock in its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import mmap
@@ -39,6 +41,7 @@ _MASK_BITS = 1024  # the most NUMA nodes that kernels are built for
 _CHUNK_BYTES = 64 << 20
 _LEFT_OUT = 0.001  # of a copy's pages may lie elsewhere, such as those of a file's last huge page
 _PAGES = re.compile(r"N(\d+)=(\d+)")
+_PREFIX, _LOCK = "pagemill-numa-", ".lock"
 
 log = logging.getLogger(__name__)
 _lent: Path | None = None  # folder of the copies that this process is to use
@@ -48,8 +51,17 @@ class Keeper:
     """Holds copies of models in memory, for one host; an actor of Ray that takes no CPU."""
 
     def __init__(self) -> None:
+        remove_left_behind()
         self._files: list[int] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="pagemill-numa-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def fetch(self, models: Sequence[str | Wanted], cache: str) -> None:
+        """Have those models here that are to be fetched, which may take any time; as `copy`."""
+        for model in models:
+            if not isinstance(model, str):
+                model_copy(model, Path(cache)).close()
 
     def copy(
         self,
@@ -92,6 +104,33 @@ class Keeper:
         for file in files:
             os.close(file)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def remove_left_behind() -> None:
+    """Remove this user's folders of links whose keepers were killed.
+
+    A folder counts as left behind when its lock can be taken, whatever became of the process's number; one
+    without a lock is just being made, or not ours.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+                continue
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            log.info("%s: of a process that was killed, removed", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def use(folder: str | None) -> None:

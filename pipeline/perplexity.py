@@ -12,14 +12,14 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import RunResult, handover, metrics, provenance, store
 from pipeline.cluster import open_executor, plan_of
-from pipeline.errors import IncompleteError, PipelineError
+from pipeline.errors import IncompleteError, PipelineError, StorageFailure
 from pipeline.estimate import Estimator, need_of
 from pipeline.executor import ShardFailure, Task, shards_missing
+from pipeline.folders import folder_of, tracking_folder
 from pipeline.memory import process_memory
 from pipeline.preflight import NotFetched, Preflight, Prepared
 from pipeline.record import Journal
@@ -116,7 +116,7 @@ def run(settings: PerplexitySettings, progress: Progress | None) -> RunResult:
             summary |= {"wall_s": time.perf_counter() - clock}
             return RunResult(summary, ready.warnings, ready.spec.run_dir, 0)
         scoring = Scoring(preflight.begin(ready), since=clock)
-        tracker = open_tracker(ready.settings.tracking, Path(ready.settings.paths.results))
+        tracker = open_tracker(ready.settings.tracking, tracking_folder(ready.settings.paths))
         with Journal(tracker, None, began_s) as journal:
             score([scoring], journal, progress, began_s)
             _, problems = journal.end({}, complete=True)
@@ -151,7 +151,7 @@ def score(scorings: Sequence[Scoring], journal: Journal, progress: Progress | No
     def take(task: Task, result: ShardResult) -> None:
         scoring = by_key[task.spec.run_key]
         scoring.take(result)
-        handover.drop(Path(task.spec.run_dir), [task.shard])
+        handover.drop(handover.place(task.spec), [task.shard])
         if progress is not None:
             progress.advance(result.n_windows, result.n_scored, result.nll_sum_nats, result.n_tokens)
         if not scoring.n_left and n_concluded < len(scorings) - 1:  # the last one: below, with all memory
@@ -215,26 +215,31 @@ def _conclude(
 ) -> None:
     """One number from the files that are there, its row, its entry in MLflow."""
     ready = scoring.ready
-    finished = store.finished_shards(Path(ready.spec.run_dir), ready.shards, ready.spec.run_key)
+    finished = store.finished_shards(folder_of(ready.spec.run_dir), ready.shards, ready.spec.run_key)
     missing = [shard for shard in ready.shards if shard not in finished.paths]
     summary = blank(ready) | _figures(scoring, n_workers, memory)
     summary |= {"shards_done": len(finished.paths), "shards_reused": len(ready.finished.paths)}
     summary["warnings"] = list(dict.fromkeys(ready.warnings + finished.remarks))
     windows = None
     if missing:
-        handover.drop(Path(ready.spec.run_dir), finished.paths)
+        handover.drop(handover.place(ready.spec), finished.paths)
         summary |= told(incomplete(ready, missing, scoring.failures))
     else:
         windows = store.read_windows(finished.paths)
         summary |= metrics.perplexity({name: windows.column(name).to_numpy() for name in _SUMMED})
         summary |= metrics.second_halves({name: windows.column(name).to_numpy() for name in _HALVES})
         summary["n_tokens"] = int(windows.column("n_tokens").to_numpy().sum())
-        handover.drop_all(Path(ready.spec.run_dir))
+        handover.drop_all(handover.place(ready.spec))
     now = time.perf_counter()
     since = scoring.since if scoring.since is not None else min(scoring.began, now)
     summary["wall_s"] = now - since
     scoring.summary = summary
-    journal.enter(ready, summary, windows, max(began_s, time.time() - summary["wall_s"]), scoring.name)
+    try:
+        journal.enter(ready, summary, windows, max(began_s, time.time() - summary["wall_s"]), scoring.name)
+    except StorageFailure:
+        if summary["ok"]:
+            raise
+        # The disk is full, as the summary says already: of which shards there are, not only of this row.
 
 
 def _say(scoring: Scoring, n: int, n_runs: int) -> None:
@@ -382,16 +387,21 @@ def planned(ready: Prepared) -> dict[str, Any]:
     }
 
 
-def dry_plan(runs: Sequence[Prepared], estimator: Estimator) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def dry_plan(
+    runs: Sequence[Prepared], estimator: Estimator, extra_bytes: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Where workers would go, and what that takes: of all runs together, and of each.
 
     The plan is said line by line as a run says it before it starts; runs that are finished need none.
+
+    Args:
+        extra_bytes: see `estimate.need_of`.
     """
     todo = [ready for ready in runs if ready.todo]
     nodes, n_workers = [], 0
     if todo:
         cluster = no_idle_workers(runs[0].settings, sum(n_abreast(ready.todo) for ready in todo))
-        made = plan_of(cluster, need_of(todo))
+        made = plan_of(cluster, need_of(todo, extra_bytes))
         for line in (*made.lines(), *made.remarks):
             log.info("%s", line)
         nodes, n_workers = made.told(), len(made.places)

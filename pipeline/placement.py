@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.capacity import BASE_BYTES, GB
 from pipeline.cpu_sets import bound, groups_of, listed, room_of, spread
 from pipeline.errors import ClusterUnreachable, SettingsError
-from pipeline.settings import shown
+from pipeline.settings import is_url, shown
+from pipeline.token_copies import CacheFile
 from pipeline.topology import ModelFile, NodeInfo
 
 _NAMED_AT_MOST = 5
@@ -44,10 +45,13 @@ class Need:
 
     Attributes:
         worker_bytes: that each allocates.
-        models: that a worker opens, one after the other, as the driver has them.
+        models: that a worker opens, as the driver has them.
         load: `engine.load`.
         cache: `paths.cache`, where nodes keep digests and what they fetched.
         limit_bytes: `paths.cache_limit`.
+        at_once: whether a worker has all models open at once, and not one after the other.
+        files: that it reads through beside them.
+        cached: what it reads of the driver's cache.
     """
 
     threads: int
@@ -56,6 +60,9 @@ class Need:
     load: str = "mmap"
     cache: str | None = None
     limit_bytes: int | None = None
+    at_once: bool = False
+    files: tuple[ModelFile, ...] = ()
+    cached: tuple[CacheFile, ...] = ()
 
     @property
     def model_bytes(self) -> int:
@@ -64,15 +71,19 @@ class Need:
 
     @property
     def own_bytes(self) -> int:
-        """Of a worker, with the weights that it copies: it has one model at a time."""
-        largest = max((model.n_bytes or 0 for model in self.models), default=0)
-        return self.worker_bytes + (largest if self.load == "copy" else 0)
+        """Of a worker, with the weights that it copies."""
+        return self.worker_bytes + (self._open_bytes if self.load == "copy" else 0)
 
     @property
     def locked_bytes(self) -> int:
-        """Of a node, whatever its workers: the model that they lock."""
-        largest = max((model.n_bytes or 0 for model in self.models), default=0)
-        return largest if self.load == "mlock" else 0
+        """Of a node, whatever its workers: what they lock."""
+        return self._open_bytes if self.load == "mlock" else 0
+
+    @property
+    def _open_bytes(self) -> int:
+        """Of the models that a worker has open at once."""
+        each = [model.n_bytes or 0 for model in self.models]
+        return sum(each) if self.at_once else max(each, default=0)
 
 
 @dataclass(frozen=True)
@@ -222,21 +233,27 @@ def _shared_out(nodes: Sequence[NodeInfo], crowded: Collection[str]) -> tuple[li
 
 
 def _unusable(node: NodeInfo, need: Need) -> str:
-    """Why no worker can work on a node: a model is not there, or another one; "" when it can."""
-    known = {model.path: model for model in need.models}
+    """Why no worker can work on a node: a file is not there, or another one; "" when it can."""
+    known = {file.path: file for file in (*need.models, *need.files)}
     for here in node.models:
         ours = known.get(here.path)
+        if ours is None or is_url(here.path):  # fetched there, should it be missing or an old one
+            continue
         if here.problem is not None:
             return f"the model cannot be opened there: {here.problem}"
-        if ours is None or here.n_bytes is None:  # a URL, to be fetched, and checked then
-            continue
-        if here.n_bytes != ours.n_bytes:
-            return (
-                f"{shown(here.path)} is another file there: {here.n_bytes:,} bytes, expected {ours.n_bytes:,}"
-            )
-        if None not in (here.sha256, ours.sha256) and here.sha256 != ours.sha256:
-            return f"{shown(here.path)} is another file there: SHA-256 {here.sha256}, expected {ours.sha256}"
+        if (differs := _difference(here, ours)) is not None:
+            return f"{shown(here.path)} is another file there: {differs}"
     return ""
+
+
+def _difference(here: ModelFile, ours: ModelFile) -> str | None:
+    """What shows that a node has another file; None where nothing does."""
+    if here.n_bytes != ours.n_bytes:
+        found = "no" if here.n_bytes is None else f"{here.n_bytes:,}"
+        return f"{found} bytes, expected {ours.n_bytes or 0:,}"
+    if None not in (here.sha256, ours.sha256) and here.sha256 != ours.sha256:
+        return f"SHA-256 {here.sha256}, expected {ours.sha256}"
+    return None
 
 
 def _fits(node: NodeInfo, need: Need, n_copies: int) -> int | None:
@@ -287,7 +304,7 @@ def _check_copies(node: NodeInfo, need: Need, places: Sequence[Place], copies: S
         if left is not None and wanted > left:
             raise SettingsError(
                 f"cluster.numa=mirror: NUMA node {number} of {name_of(node)} has {_gb(left)} left; a copy of "
-                f"the model takes {_gb(need.model_bytes)}, {n} workers take {_gb(n * need.own_bytes)}",
+                f"{_models(need)} takes {_gb(need.model_bytes)}, {n} workers take {_gb(n * need.own_bytes)}",
                 "cluster.numa=distribute shares one copy; fewer cluster.workers take less",
             )
 
@@ -348,12 +365,18 @@ def _line(planned: NodePlan, need: Need) -> str:
     if node.models:
         in_cache = sum(model.cached_bytes for model in node.models)
         parts.append(
-            f"{in_cache / MB:,.0f} of {need.model_bytes / MB:,.0f} MB of the model in the page cache"
+            f"{in_cache / MB:,.0f} of {need.model_bytes / MB:,.0f} MB of {_models(need)} in the page cache"
         )
     parts.append(f"{fetch_bytes(node, need) / MB:,.0f} MB to fetch")
+    if node.lacking:
+        parts.append(f"{sent_bytes(node, need) / MB:,.1f} MB of tokens to send")
     if planned.copies:
-        parts.append(f"{len(planned.copies)} copies of the model, one for each NUMA node")
+        parts.append(f"{len(planned.copies)} copies of {_models(need)}, one for each NUMA node")
     return f"{planned.name}: {', '.join(parts)}" + (f" ({planned.reason})" if planned.reason else "")
+
+
+def _models(need: Need) -> str:
+    return "the model" if len(need.models) == 1 else f"{len(need.models)} models"
 
 
 def _told(planned: NodePlan, need: Need) -> dict[str, Any]:
@@ -372,12 +395,22 @@ def _told(planned: NodePlan, need: Need) -> dict[str, Any]:
         "memory_bytes": planned.bytes,
         "model_cached_bytes": sum(model.cached_bytes for model in node.models) if node.models else None,
         "fetch_bytes": fetch_bytes(node, need),
+        "sent_bytes": sent_bytes(node, need),
         "n_copies": len(planned.copies),
         "reason": planned.reason or None,
     }
 
 
 def fetch_bytes(node: NodeInfo, need: Need) -> int:
-    """Bytes of models that the node does not have yet."""
-    here = {model.path for model in node.models if model.n_bytes is not None}
-    return sum(model.n_bytes or 0 for model in need.models if model.path not in here)
+    """Bytes of models that the node does not have yet, or an older version of."""
+    here = {model.path: model for model in node.models}
+    return sum(
+        model.n_bytes or 0
+        for model in need.models
+        if model.path not in here or _difference(here[model.path], model) is not None
+    )
+
+
+def sent_bytes(node: NodeInfo, need: Need) -> int:
+    """Bytes of the driver's cache that the node lacks."""
+    return sum(file.n_bytes for file in need.cached if file.path in node.lacking)

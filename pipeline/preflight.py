@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline import capacity, node_cache, provenance, store
 from pipeline.datasets import Text, load_text
 from pipeline.errors import DataError, ModelError, RefusedError, SettingsError, StoreError
+from pipeline.folders import folder_of
 from pipeline.run_lock import RunLocks
 from pipeline.settings import DataSettings, PerplexitySettings, is_url, shown
-from pipeline.shards import Shard, n_abreast, plan
+from pipeline.shards import Shard, plan
 from pipeline.tokens import TokenStream, token_stream
 from pipeline.windows import begin_id, cache_shape, open_protocol
 from pipeline.worker import WorkerSpec
@@ -118,7 +119,7 @@ class Preflight:
             capacity.check_threads(
                 s.engine.threads, "cluster.threads_per_worker" if by_worker else "engine.threads"
             )
-        results, cache = Path(s.paths.results), Path(s.paths.cache)
+        results, cache = folder_of(s.paths.results), Path(s.paths.cache)
         self._probe(results, "paths.results")
         self._probe(cache, "paths.cache")
         reader = read or partial(load_text, cache_limit=s.paths.limit_bytes)
@@ -152,7 +153,7 @@ class Preflight:
         asked = self.ask(settings)
         s, file, stream, protocol = asked.settings, asked.file, asked.stream, asked.protocol
         measure, n_windows, warnings = asked.measure, asked.n_windows, asked.warnings
-        results, cache = Path(s.paths.results), Path(s.paths.cache)
+        results, cache = folder_of(s.paths.results), Path(s.paths.cache)
         subject = provenance.subject_of(model_digest(file.path, cache), s.engine.kv, s.engine.activations)
         run_key = provenance.run_key(measure, subject)
         folder = self._table.folder(results, run_key)
@@ -174,10 +175,7 @@ class Preflight:
         finished = store.finished_shards(folder, shards, run_key, self._table)
         todo = [shard for shard in shards if shard not in finished.paths]
         shape = partial(cache_shape, protocol, stream.tokens.size, s.protocol, per_shard)
-        abreast = n_abreast(todo)
-        if self._table is store.WINDOWS:  # pipeline.placement starts more than one only where they fit
-            abreast = min(1, abreast)
-        capacity.check_run(file, s, abreast, shape)
+        capacity.check_run(file, s, min(1, len(todo)), shape)  # pipeline.placement starts more where they fit
         spec = WorkerSpec(
             run_key=run_key,
             model_path=shown(s.model.path),
@@ -199,6 +197,7 @@ class Preflight:
                 "version": provenance.version(),
             },
             wanted=wanted_model(s, subject["model_sha256"]),
+            collect=s.cluster.collect,
         )
         warnings += finished.remarks
         return Prepared(
@@ -212,10 +211,10 @@ class Preflight:
             RefusedError: another driver computes it.
             StoreError, StorageFailure: a folder, the lock or the plan cannot be written.
         """
-        folder = Path(ready.spec.run_dir)
+        folder = folder_of(ready.spec.run_dir)
         _make(folder)
         if self._table is store.WINDOWS:
-            _make(store.runs_folder(Path(ready.settings.paths.results), ready.spec.run_key))
+            _make(store.runs_folder(folder_of(ready.settings.paths.results), ready.spec.run_key))
         was_taken_over = bool(ready.todo) and self._locks.take(folder)
         fixed = store.fix_plan(folder, ready.plan)
         if was_taken_over or int(fixed["windows_per_shard"]) != ready.spec.windows_per_shard:

@@ -5,6 +5,9 @@ only that the call was lost: the actor is sent a probe, which alone Ray may repe
 work again when the probe answers; calls to an actor that is restarting fail at once and would use up a
 shard's attempts. Work itself is never repeated by Ray (`max_task_retries=0`): `pipeline.attempts` counts.
 
+A model by URL is brought to a node in a call of its own, before the one that opens it: however long that
+takes, nobody hangs and no start has failed.
+
 Every few seconds the pool compares itself with the cluster: places without an actor get one, on nodes that
 joined as well, on each node one before the others; actors of nodes that are gone are lost, whatever Ray still
 promises of them; a place where actors never become ready is given up. When the head is gone, a driver has a
@@ -21,7 +24,6 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline import events
@@ -29,6 +31,7 @@ from pipeline.attempts import Attempt, Attempts
 from pipeline.errors import ClusterUnreachable, IncompleteError
 from pipeline.executor import OnResult, ShardFailure, Task, describe
 from pipeline.hosted import Hosted, is_out_of_memory
+from pipeline.ray_actor import Actor, Ended, LetGo
 
 if TYPE_CHECKING:
     from pipeline.placement import Place
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 MAX_RESTARTS = 3  # of one actor, by Ray
 MAX_BARREN = 2  # actors in a row, each restarted that often, that never became ready: their place is given up
-START_TIMEOUT_S = 900.0  # for the first worker; a first compilation takes minutes on a slow machine
+START_TIMEOUT_S = 900.0  # for the first worker that fetches nothing; a first compilation takes minutes
 START_GRACE_S = 60.0  # for the others after it; later ones join the run when they are ready
 NOBODY_TIMEOUT_S = 120.0  # without any node that could take a worker
 LOOK_S = 2.0  # between two looks at the cluster
@@ -49,50 +52,6 @@ log = logging.getLogger(__name__)
 
 PlacesFor = Callable[[Sequence[Mapping[str, Any]]], Sequence["Place"]]
 """Where workers are to be, given the entries of `ray.nodes()` that are alive; must not wait for anything."""
-
-
-class LetGo(Exception):
-    """The pool made an end of an actor: its worker hung, or its node is gone."""
-
-
-@dataclass(eq=False)
-class Actor:
-    """An actor in its place. `info` is what it said of itself.
-
-    Attributes:
-        file: that its last shard had open; of `known` ones it has finished a shard.
-        call: reference of the one in flight; `attempt` is what it is of, None for a probe.
-    """
-
-    place: Place
-    handle: Any
-    is_ready: bool = False
-    info: dict[str, Any] | None = None
-    file: str | None = None
-    known: set[str] = field(default_factory=set)
-    call: Any = None
-    attempt: Attempt | None = None
-
-    @property
-    def node(self) -> str:
-        """Ray's id of its node."""
-        return self.place.node_id
-
-    @property
-    def name(self) -> str | None:
-        """HOST:PID, None before it was ready."""
-        return None if self.info is None else f"{self.info.get('host', '?')}:{self.info.get('pid', '?')}"
-
-
-@dataclass(frozen=True)
-class Ended:
-    """An attempt's call that ended: its result, or why there is none."""
-
-    actor: Actor
-    attempt: Attempt
-    result: Any = None
-    error: BaseException | None = None
-    is_ours: bool = False
 
 
 class Pool:
@@ -163,7 +122,7 @@ class Pool:
             self._look(work)
             self._hand_out(work)
             now = time.monotonic()
-            working = now if work.n_running else working
+            working = now if work.n_running or self._is_fetching else working
             peopled = now if self._actors else peopled
             patience = 0.0 if self._closed or self._given_up else NOBODY_TIMEOUT_S
             if now - peopled > patience or now - working > START_TIMEOUT_S:
@@ -177,13 +136,12 @@ class Pool:
                     ended.actor.known.add(ended.attempt.task.file)
                     results.append(ended)
                 elif ended.is_ours:
-                    work.failed(ended.attempt, describe(ended.error or RuntimeError("unknown")))
+                    work.failed(ended.attempt, ended.error or RuntimeError("unknown"))
                 elif ended.error is not None:
                     self._count_loss(work, ended)
             self._hand_out(work)  # first: what the caller does with results is no worker's time
             for ended in results:
-                if on_result(ended.attempt.task, ended.result):
-                    work.drop()
+                work.report(ended.attempt.task, ended.result, on_result)
         for actor in [actor for actor in self._actors if actor.attempt is not None]:
             self._drop(actor)  # what it computes is there already
         return work.failures()
@@ -219,6 +177,11 @@ class Pool:
             actor = next(iter(self._idle))
             self._send(actor, *work.take(actor.node, actor.name, actor.file, actor.known))
         self._specs = work.specs() or self._specs
+
+    @property
+    def _is_fetching(self) -> bool:
+        """Whether a model is on its way to a node."""
+        return any(actor.then is not None for actor in self._actors)
 
     def _look(self, work: Attempts | None) -> None:
         """From time to time: follow the cluster, end workers that hang, help those that are slow."""
@@ -296,19 +259,29 @@ class Pool:
 
     def _probe(self, actor: Actor) -> None:
         actor.is_ready, actor.file, actor.known = False, None, set()
-        self._call(actor, actor.handle.ready.options(max_task_retries=-1).remote(self._specs), None)
+        specs, lasting = self._specs, {"max_task_retries": -1}
+        if not any(_is_remote(spec) for spec in specs):
+            self._call(actor, actor.handle.ready.options(**lasting).remote(specs), None)
+            return
+        self._call(actor, actor.handle.fetch.options(**lasting).remote(specs), None)
+        actor.then = lambda: actor.handle.ready.options(**lasting).remote(specs)
 
     def _send(self, actor: Actor, attempt: Attempt, task: Task) -> None:
         actor.file = task.file
-        self._call(actor, actor.handle.run.remote(task), attempt)
+        if not (attempt.is_turn and _is_remote(task.spec)):
+            self._call(actor, actor.handle.run.remote(task), attempt)
+            return
+        attempt.is_fetching = True
+        self._call(actor, actor.handle.fetch.remote([task.spec], is_turn=True), attempt)
+        actor.then = lambda: actor.handle.run.remote(task)
 
     def _call(self, actor: Actor, ref: Any, attempt: Attempt | None) -> None:
         self._idle.pop(actor, None)
-        actor.call, actor.attempt, self._calls[ref] = ref, attempt, actor
+        actor.call, actor.attempt, actor.then, self._calls[ref] = ref, attempt, None, actor
 
     def _await_workers(self) -> None:
         """Wait for all workers, but not for ever for the last of them."""
-        started = told = time.monotonic()
+        begun = started = told = time.monotonic()
         first: float | None = None
         while True:
             self._look(None)
@@ -316,6 +289,8 @@ class Pool:
                 return
             list(self._finished(timeout_s=1.0))
             now, n_ready = time.monotonic(), sum(actor.is_ready for actor in self._actors)
+            if self._is_fetching:
+                started = now
             if n_ready and first is None:
                 first = now
             if first is not None and now - first > START_GRACE_S:
@@ -327,7 +302,8 @@ class Pool:
                 return
             if now - told > START_GRACE_S / 2:
                 told = now
-                log.info("waiting for workers: %d are ready after %.0f s", n_ready, now - started)
+                what = "; nodes fetch models" if self._is_fetching else ""
+                log.info("waiting for workers: %d are ready after %.0f s%s", n_ready, now - begun, what)
 
     def _refuse(self) -> None:
         """Raise why there is no worker."""
@@ -349,6 +325,7 @@ class Pool:
         for ref in self._wait(0.0 if self._ended else timeout_s):
             actor = self._calls.pop(ref)
             attempt, actor.call, actor.attempt = actor.attempt, None, None
+            then, actor.then = actor.then, None
             result: Any = None
             error: BaseException | None = None
             is_ours = False
@@ -360,8 +337,12 @@ class Pool:
                 error = raised.with_traceback(None)  # else it and this frame hold each other, and references
             if error is not None and not is_ours:
                 self._lost(actor, error)
+            elif then is not None and self._goes_on(attempt, error, work):
+                self._call(actor, then(), attempt)
+                continue
             elif attempt is not None:
                 self._idle[actor] = None
+                actor.file = actor.file if then is None else None  # it has nothing open
             elif error is None:
                 self._welcome(actor, result, work)
             else:  # it can open no spec: another process could not either
@@ -371,6 +352,15 @@ class Pool:
                 yield Ended(actor, attempt, result, error, is_ours)
         while self._ended:
             yield self._ended.popleft()
+
+    def _goes_on(self, attempt: Attempt | None, error: BaseException | None, work: Attempts | None) -> bool:
+        """Whether the call follows that a model was fetched for; a probe finds out what it can open."""
+        if attempt is None:
+            return True
+        if error is not None or attempt.is_stale or work is None:
+            return False
+        work.fetched(attempt)
+        return True
 
     def _wait(self, timeout_s: float) -> list[Any]:
         """References of calls that ended."""
@@ -443,8 +433,13 @@ class Pool:
         self._idle.pop(actor, None)
         if actor.call is not None:
             del self._calls[actor.call]
-            actor.call = actor.attempt = None
+            actor.call = actor.attempt = actor.then = None
         self._ray.kill(actor.handle, no_restart=True)
         actor.handle = None
         self._last_loss = error or self._last_loss
         self._next_look = 0.0
+
+
+def _is_remote(spec: WorkerSpec) -> bool:
+    """Whether a run's model is fetched by each node."""
+    return getattr(spec, "wanted", None) is not None

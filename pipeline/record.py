@@ -12,6 +12,7 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import provenance, store, tables
+from pipeline.folders import folder_of, local_files
 from pipeline.preflight import Prepared
 from pipeline.settings import logged
 from pipeline.tracking import DataInput, Tracker
@@ -195,7 +197,7 @@ def _commit_row(ready: Prepared, summary: Mapping[str, Any], sweep_key: str | No
         "settings": provenance.canonical_json(told),
         **_surroundings(),
     }
-    folder = store.runs_folder(Path(s.paths.results), ready.spec.run_key)
+    folder = store.runs_folder(folder_of(s.paths.results), ready.spec.run_key)
     path = folder / f"run-{now:%Y%m%dT%H%M%S.%fZ}.parquet"
     store.commit(tables.table([row], tables.RUNS_SCHEMA), path, {"run_key": ready.spec.run_key})
     return path
@@ -220,16 +222,18 @@ def _track(
         "mlflow.note.content": _note(summary),
     }
     figures = {key: x for key, x in summary.items() if isinstance(x, (int, float)) and key not in _TAGGED}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         if windows is not None:
             files = [*files, Path(folder) / "windows.parquet"]
             pq.write_table(windows, files[-1], compression="zstd")
+        files = [*files, folder_of(ready.spec.run_dir) / "plan.json"]
+        artifacts = held.enter_context(local_files(files, leave_out=True))
         return tracker.log_run(
             name or f"{Path(told['model']['path']).stem} on {s.data.name}",
             told,
             figures,
             tags,
-            [*files, Path(ready.spec.run_dir) / "plan.json"],
+            artifacts,
             DataInput(s.data.name, told["data"]["path"], ready.measure["data_sha256"]),
             complete=bool(summary["ok"]),
             started_s=began_s,

@@ -1,8 +1,8 @@
 """The store read back: rows of finished and unfinished runs, chosen, sorted and written as text.
 
 DuckDB reads the Parquet files where they lie, at any time, also while a run adds to them: a published file
-never changes. Only files of a table are read, by their names (`shard-*`, `run-*`): a run's folder holds its
-plan as well. Columns that older files lack are null.
+never changes. Those of an object store are fetched first. Only files of a table are read, by their names
+(`shard-*`, `run-*`): a run's folder holds its plan as well. Columns that older files lack are null.
 
 DuckDB is imported by the functions that use it, and by nothing else. A condition is the user's own SQL; once
 the files are read in, the database is closed to everything outside it.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SettingsError, StorageFailure, StoreError
+from pipeline.folders import folder_of, local_files
 from pipeline.settings import PathsSettings, absolute, nearest
 
 TABLES = {
@@ -28,6 +29,7 @@ TABLES = {
     "throughput": "run-*.parquet",
     "comparisons": "run-*.parquet",
     "tokens": "shard-*.parquet",
+    "regressions": "run-*.parquet",
 }
 FORMATS = ("table", "csv", "markdown", "json")
 COLUMNS = (
@@ -50,9 +52,24 @@ PAIRED = (
     "run_key",
 )  # fmt: skip
 """The same of a window of a pair; the lists of its targets are many."""
+GATED = (
+    "finished_at", "suite", "check", "variant", "data", "verdict", "broken", "ppl", "kld_mean", "tok_per_s",
+    "fma_share", "version", "numerics", "git_sha", "run_key",
+)  # fmt: skip
+"""The same of a measurement of a suite; its figures are taken from the map `metrics`."""
 
-_USUAL = {"runs": COLUMNS, "throughput": SPEEDS, "comparisons": COMPARED, "tokens": PAIRED}
-_LATEST_OF = {"runs": "run_key", "comparisons": "run_key, pair_key"}
+_USUAL = {
+    "runs": COLUMNS,
+    "throughput": SPEEDS,
+    "comparisons": COMPARED,
+    "tokens": PAIRED,
+    "regressions": GATED,
+}
+_LATEST_OF = {
+    "runs": "run_key",
+    "comparisons": "run_key, pair_key",
+    "regressions": 'run_key, "check", variant, data',
+}
 _VERSION = "v1"
 _CHOSEN = {  # times as UTC without a zone: DuckDB's zones are an extension that it would download
     "runs": "* replace (make_timestamp(epoch_us(finished_at::timestamptz)) as finished_at), "
@@ -61,6 +78,8 @@ _CHOSEN = {  # times as UTC without a zone: DuckDB's zones are an extension that
     "throughput": "* replace (make_timestamp(epoch_us(measured_at::timestamptz)) as measured_at)",
     "comparisons": "* replace (make_timestamp(epoch_us(finished_at::timestamptz)) as finished_at)",
     "tokens": "*",
+    "regressions": "* replace (make_timestamp(epoch_us(finished_at::timestamptz)) as finished_at), "
+    + ", ".join(f"metrics['{name}'] as {name}" for name in ("ppl", "kld_mean", "tok_per_s", "fma_share")),
 }
 _IN_ORDER = {  # of one run
     "runs": [],
@@ -68,6 +87,7 @@ _IN_ORDER = {  # of one run
     "throughput": ["measured_at desc"],
     "comparisons": ["finished_at desc", '"bytes" desc'],
     "tokens": ['"window"'],
+    "regressions": ["finished_at desc", '"check"', "variant", "data"],
 }
 
 
@@ -76,7 +96,7 @@ class Selection:
     """Which rows and columns, in which order and form.
 
     Attributes:
-        table: runs, windows, throughput, comparisons or tokens.
+        table: runs, windows, throughput, comparisons, tokens or regressions.
         filter: column -> value, list of values, or text with `*` for any characters.
         where: an SQL condition on the columns.
         latest: of several rows of one run, the last complete one only.
@@ -132,7 +152,7 @@ def results(settings: ResultsSettings) -> Found:
             raise SettingsError(f"results.{key}={value} is not known{nearest(value, known)}")
     if s.limit is not None and s.limit < 1:
         raise SettingsError(f"results.limit={s.limit} is too small; expected 1 or more")
-    folder = Path(absolute(settings.paths.results))
+    folder = folder_of(absolute(settings.paths.results))
     with _open(folder, s.table) as store:
         columns, rows = store.select(s)
     text = formatted(columns, rows, s.format)
@@ -176,11 +196,12 @@ class Store:
         self._db = duckdb.connect(":memory:")
         options = "hive_partitioning=true, union_by_name=true, hive_types_autocast=false"
         try:
-            self._db.execute(
-                f"create table {table} as select {_CHOSEN[table]} from read_parquet($files, {options})",
-                {"files": [str(file) for file in files]},
-            )
-        except duckdb.Error as error:
+            with local_files(files) as here:
+                self._db.execute(
+                    f"create table {table} as select {_CHOSEN[table]} from read_parquet($files, {options})",
+                    {"files": [str(file) for file in here]},
+                )
+        except (duckdb.Error, OSError) as error:
             self._db.close()
             raise StoreError(
                 f"{folder}: table={table} cannot be read: {_first_line(error)}",
@@ -275,7 +296,17 @@ def _open(folder: Path, table: str) -> Store:
 
 
 def _files(folder: Path, table: str) -> list[Path]:
-    return sorted((folder / _VERSION / f"table={table}").glob(f"run_key=*/{TABLES[table]}"))
+    """The files of a table.
+
+    Raises:
+        StoreError: an object store does not answer.
+    """
+    try:
+        return sorted((folder / _VERSION / f"table={table}").glob(f"run_key=*/{TABLES[table]}"))
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: cannot be listed: {error.strerror}", "check paths.results and the permissions"
+        ) from error
 
 
 def _condition(name: str, value: Any, parameters: dict[str, Any]) -> str:
@@ -305,6 +336,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
@@ -312,7 +345,7 @@ def _exact(value: Any) -> str:
     plain = _plain(value)
     if plain is None:
         return ""
-    return json.dumps(plain) if isinstance(plain, (bool, list)) else str(plain)
+    return json.dumps(plain) if isinstance(plain, (bool, list, dict)) else str(plain)
 
 
 def _rounded(value: Any) -> str:

@@ -95,7 +95,8 @@ class EngineSettings:
 class ClusterSettings:
     """Where the workers live. Null workers: what cores and memory allow. Null threads: `engine.threads`.
 
-    `numa` is how a host's workers are laid out over its NUMA nodes (pipeline/cpu_sets.py).
+    `numa` is how a host's workers are laid out over its NUMA nodes (pipeline/cpu_sets.py). `collect` has
+    workers send finished shards to the driver, which alone writes under `paths.results`.
     """
 
     kind: str = "local"
@@ -104,6 +105,7 @@ class ClusterSettings:
     windows_per_shard: int = 4
     address: str | None = None
     numa: str = "none"
+    collect: bool = False
 
 
 @dataclass
@@ -119,6 +121,7 @@ class TrackingSettings:
 class PathsSettings:
     """Where tables go, and where tokens, digests and what was fetched are kept between runs.
 
+    `results` is a folder or s3://BUCKET/PREFIX (pipeline/folders.py).
     `cache_limit` is of what was fetched: "200GB", "64GiB" or bytes; null is none.
     """
 
@@ -411,6 +414,11 @@ def _data_contradictions(data: DataSettings, protocol: ProtocolSettings) -> list
 
 def _warnings(s: PerplexitySettings) -> list[str]:
     warnings = []
+    if s.tracking.kind == "local" and is_url(s.paths.results):
+        warnings.append(
+            f"tracking=local keeps MLflow's database, which needs a folder, in {s.paths.cache}/tracking: "
+            f"paths.results={shown(s.paths.results)} is none"
+        )
     if s.cluster.address and s.cluster.kind != "ray":
         warnings.append(
             f"cluster.address={s.cluster.address} is ignored: cluster.kind={s.cluster.kind}, not ray"

@@ -6,34 +6,44 @@
                 /table=throughput/run_key=<16 hex>/run-<UTC time>.parquet
                 /table=tokens/run_key=<16 hex>/plan.json, shard-<first window>.parquet
                 /table=comparisons/run_key=<16 hex>/run-<UTC time>.parquet, report.html
+                /table=regressions/run_key=<16 hex>/run-<UTC time>.parquet, run-<UTC time>/: its jobs' results
 
 A file is written under a name that begins with a dot, flushed to the disk, and linked to its own name:
 whoever links first wins, the other's copy is dropped, and what is published never changes. So a finished
 shard IS its file, there are no markers, and resuming is listing a folder. Listing opens each file: one that
 is broken is moved aside (to a dot name, so that the shard can be published again) and reported; one that does
 not belong is reported and left alone.
+
+In an object store (`paths.results=s3://BUCKET/PREFIX`, pipeline/folders.py) the same names are objects, and a
+conditional put stands for the link. `unpublished` is for workers that cannot write there: their tables travel
+to the driver, which publishes them by the same rules.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageFailure, StoreError
+from pipeline.folders import ObjectPath, at_once, check_store, folder_of, is_remote
 from pipeline.provenance import canonical_json
 from pipeline.shards import Shard, first_window_of
 from pipeline.tables import SCHEMA_VERSION, WINDOWS_SCHEMA
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST_FREE_BYTES = 16 << 20
@@ -97,6 +107,11 @@ def comparison_folder(results: Path, run_key: str) -> Path:
     return results / f"v{SCHEMA_VERSION}" / "table=comparisons" / f"run_key={run_key}"
 
 
+def regressions_folder(results: Path, run_key: str) -> Path:
+    """Folder of a suite's runs: their records, and a folder of results for each."""
+    return results / f"v{SCHEMA_VERSION}" / "table=regressions" / f"run_key={run_key}"
+
+
 def probe(folder: Path, key: str) -> None:
     """Create the folder and publish a file in it as a shard would be, then remove it.
 
@@ -105,9 +120,13 @@ def probe(folder: Path, key: str) -> None:
         key: the setting that names it, for the message.
 
     Raises:
-        StoreError: it cannot be created or written, has no hard links, or is all but full.
+        StoreError: it cannot be created or written, has no hard links, or is all but full; of an object
+            store, see `folders.check_store`.
     """
     name = folder / f".probe.{uuid.uuid4().hex}"
+    if isinstance(folder, ObjectPath):
+        check_store(folder, key, name.name)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         publish(name, lambda file: file.write(b"probe"))
@@ -132,6 +151,10 @@ def publish(final: Path, write: Callable[[BinaryIO], object]) -> bool:
     Raises:
         OSError: it could not be written; nothing is left behind.
     """
+    if isinstance(final, ObjectPath):
+        held = io.BytesIO()
+        write(held)
+        return final.put(held.getvalue()) is not None
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -167,6 +190,28 @@ def commit(table: pa.Table, final: Path, meta: Mapping[str, Any]) -> bool:
             ("make room" if full else "repair it")
             + " and run the same command again: finished shards are kept",
         ) from error
+
+
+@dataclass(frozen=True)
+class Unpublished:
+    """A table for the driver to publish: its file's path, what the file says of itself, Arrow's stream."""
+
+    path: str
+    meta: Mapping[str, Any]
+    rows: bytes
+
+    def commit(self) -> bool:
+        """See `commit`."""
+        with pa.ipc.open_stream(self.rows) as reader:
+            return commit(reader.read_all(), folder_of(self.path), self.meta)
+
+
+def unpublished(table: pa.Table, path: str, meta: Mapping[str, Any]) -> Unpublished:
+    """A table that travels; `commit` makes the same file of it, to the byte."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return Unpublished(path, dict(meta), sink.getvalue().to_pybytes())
 
 
 def fix_plan(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,11 +267,13 @@ def finished_shards(
     paths: dict[Shard, Path] = {}
     remarks: list[str] = []
     try:
-        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        is_there = is_remote(folder) or folder.exists()
+        names = sorted(path.name for path in folder.iterdir()) if is_there else []
     except OSError as error:
         raise StoreError(
             f"{folder}: cannot be listed: {error.strerror}", "check the folder's permissions"
         ) from error
+    named = {}
     for name in names:
         if name.startswith(".") or name == "plan.json":
             continue
@@ -234,7 +281,14 @@ def finished_shards(
         shard = None if first is None else by_first.get(first)
         if shard is None:
             remarks.append(f"{folder / name}: not a file of this run; left alone and not counted")
-        elif fault := _fault(folder / name, shard, run_key, table):
+        else:
+            named[name] = shard
+
+    def fault_of(item: tuple[str, Shard]) -> str | None:
+        return _fault(folder / item[0], item[1], run_key, table)
+
+    for (name, shard), fault in zip(named.items(), _each(folder, fault_of, named.items()), strict=True):
+        if fault:
             aside = folder / f".{name}.broken-{uuid.uuid4().hex[:8]}"
             (folder / name).rename(aside)
             remarks.append(f"{folder / name}: {fault}; moved to {aside.name} and not counted")
@@ -258,7 +312,12 @@ def read_windows(
     try:
         names = list(schema.names if columns is None else columns)
         chosen = None if columns is None else names
-        tables = [pq.read_table(paths[shard], columns=chosen, partitioning=None) for shard in sorted(paths)]
+
+        def read(path: Path) -> pa.Table:
+            return pq.read_table(readable(path), columns=chosen, partitioning=None)
+
+        files = [paths[shard] for shard in sorted(paths)]
+        tables = list(_each(files[0], read, files)) if files else []
         # The empty table brings columns that were added since a file was written; they are null there.
         empty = schema.empty_table().select(names)
         return pa.concat_tables([empty, *tables], promote_options="default").select(names)
@@ -266,6 +325,20 @@ def read_windows(
         raise StorageFailure(
             f"a finished shard cannot be read back: {error}", "run the same command again"
         ) from error
+
+
+def readable(path: Path) -> Path | pa.BufferReader:
+    """What Arrow reads a file from: its path, or an object's bytes.
+
+    Raises:
+        OSError: of an object, when it cannot be read.
+    """
+    return pa.BufferReader(path.read_bytes()) if is_remote(path) else path
+
+
+def _each(where: Path, what: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """`map`, several at once where each has to wait for a store's answer."""
+    return at_once(what, items) if is_remote(where) else map(what, items)
 
 
 def shard_meta(shard: Shard, run_key: str) -> dict[str, Any]:
@@ -276,7 +349,7 @@ def shard_meta(shard: Shard, run_key: str) -> dict[str, Any]:
 def _fault(path: Path, shard: Shard, run_key: str, of: ShardTable) -> str | None:
     """Why a file with a shard's name is not that shard, None when it is."""
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(readable(path), partitioning=None)
         meta = json.loads((table.schema.metadata or {}).get(_META, b"null"))
         is_whole = of.holds(table, shard)
     except (pa.ArrowInvalid, KeyError, ValueError) as error:

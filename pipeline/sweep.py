@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import RunResult, perplexity, provenance
 from pipeline.errors import PipelineError, RefusedError, SettingsError
 from pipeline.estimate import Estimator
+from pipeline.folders import folder_of, tracking_folder
 from pipeline.perplexity import Scoring
 from pipeline.preflight import NotFetched, Preflight, Prepared
 from pipeline.record import Journal, Parent
@@ -138,7 +139,7 @@ def _computed(
     name = f"sweep of {len(runs)} points: {', '.join(axes)}"
     parent = Parent(sweep_key, name, {f"sweep.{key}": ", ".join(values) for key, values in axes.items()})
     scorings = [Scoring(_ready(point), name=point.name) for point in runs]
-    tracker = open_tracker(settings.tracking, Path(settings.paths.results))
+    tracker = open_tracker(settings.tracking, tracking_folder(settings.paths))
     with Journal(tracker, parent, began_s) as journal:
         perplexity.score(scorings, journal, progress, began_s)
         done = [scoring.summary for scoring in scorings if scoring.summary["ok"]]
@@ -192,7 +193,7 @@ def _blank(points: Sequence[Point], runs: Sequence[Point], warnings: list[str]) 
         "run_key": None,
         "measure_key": None,
         "numerics": first.subject["numerics"],
-        "table": str(Path(first.spec.run_dir).parent.parent / "table=runs"),
+        "table": str(folder_of(first.spec.run_dir).parent.parent / "table=runs"),
         "sweep_key": provenance.key_of(sorted(_ready(point).spec.run_key for point in runs)),
         "n_points": len(points),
         "n_runs": len(runs),

@@ -271,6 +271,48 @@ _COMPARISONS = {
     "settings": (pa.string(), "JSON, resolved"),
 }
 
+_TEXTS = pa.map_(pa.string(), pa.string())
+_REGRESSIONS = {
+    "finished_at": (pa.timestamp("ns", tz="UTC"), "UTC"),
+    "suite": (pa.string(), "name of the suite"),
+    "check": (pa.string(), "name of the check in the suite"),
+    "job": (pa.string(), "perplexity, compare or throughput"),
+    "variant": (pa.string(), "name of the model, or of the variant"),
+    "data": (pa.string(), "name of the data set, or the test of a speed"),
+    "verdict": (pa.string(), "of the whole run: passed, regression, promoted or incomplete"),
+    "ok": (pa.bool_(), "all checks of the suite were measured, whatever the verdict"),
+    "broken": (pa.list_(pa.string()), "metrics of this row that are beyond their limits"),
+    "baseline": (pa.string(), "what the run was judged against; null: nothing"),
+    "metrics": (pa.map_(pa.string(), pa.float64()), "figures by name, as the job's JSON has them"),
+    "bits": (_TEXTS, "digests by name"),
+    "samples": (pa.map_(pa.string(), pa.list_(pa.float64())), "of a speed, each round's value of a metric"),
+    "measure_key": (pa.string(), "16 hex digits of the measure"),
+    "measure": (pa.string(), "JSON"),
+    "subject_key": (pa.string(), "16 hex digits of the subject"),
+    "subject": (pa.string(), "JSON"),
+    "window": (pa.list_(pa.int64()), "rank of each window in the run; null: not by window"),
+    "document": (pa.list_(pa.int64()), "rank of the document that holds the window's first token"),
+    "first_token": (pa.list_(pa.int64()), "place in the token stream of the window's first token"),
+    "n_scored": (pa.list_(pa.int64()), "tokens of each window"),
+    "nll_sum": (pa.list_(pa.float64()), "nats of each window"),
+    "kld_sum": (pa.list_(pa.float64()), "nats of each window; null: nothing was compared"),
+    "layers": (
+        pa.map_(pa.int64(), _TEXTS),
+        "of traced windows: name of an output of the network, in order -> SHA-256 of its float32 bits",
+    ),
+    "tensors": (_TEXTS, "name of a tensor of the model file -> SHA-256 of its bytes"),
+    "version": (pa.string(), "version of pagemill"),
+    "numerics": (pa.int64(), "engine.NUMERICS"),
+    "engine_digest": (pa.string(), "digest of all sources of the engine"),
+    "git_sha": (pa.string(), "commit of the checkout"),
+    "host": (pa.string(), "host name"),
+    "cpu": (pa.string(), "processor"),
+    "features": (pa.list_(pa.string()), "vector features of the processor"),
+    "versions": (pa.string(), "JSON"),
+    "settings": (pa.string(), "JSON, of each check"),
+    "limits": (pa.string(), "JSON, of each check"),
+}
+
 
 def _schema(*groups: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
     fields = [
@@ -298,6 +340,9 @@ IMATRIX_SCHEMA = _schema(_IMATRIX, _IDENTITY, _MACHINE)
 
 COMPARISONS_SCHEMA = _schema(_COMPARISONS, _PAIRS, _MACHINE)
 """`table=comparisons`: a row per variant of a comparison that ended, complete or not."""
+
+REGRESSIONS_SCHEMA = _schema(_REGRESSIONS)
+"""`table=regressions`: a row per measurement of a suite; a file is a whole run, and can be a baseline."""
 
 
 def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -63,6 +63,11 @@ class TokenStream:
     counts: Ids
     pieces: npt.NDArray[np.void]
 
+    @property
+    def paths(self) -> tuple[Path, Path, Path]:
+        """Of its files; the tokens last, with which a stream is there."""
+        return self.counts_path, _pieces_path(self.tokens_path), self.tokens_path
+
     def counted(self, window: Window) -> dict[str, int | float | None]:
         """What the stream knows of a window, as columns of its row.
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.settings import is_url
+from pipeline.token_copies import CacheFile, lacking
 
 _SYS, _OWN_CGROUPS, _OWN_STAT = Path("/sys"), Path("/proc/self/cgroup"), Path("/proc/self/stat")
 _CPU_OF_STAT = 36  # field 39, counted behind the command's closing parenthesis
@@ -69,6 +70,8 @@ class NodeInfo:
         quota: CPUs that control groups grant, None for no limit. Then the cores are others' as well.
         left_bytes: of memory for new allocations, None where the kernel does not say.
         here: the NUMA node on which this was found out.
+        models: and files that are read beside them.
+        lacking: paths of files of the driver's cache that are not here, or not the same.
         node_id: Ray's, given by the driver.
         slots: CPUs that Ray hands out on the node, given by the driver; None for no limit.
     """
@@ -80,6 +83,7 @@ class NodeInfo:
     left_bytes: int | None = None
     here: int = 0
     models: tuple[ModelFile, ...] = ()
+    lacking: tuple[str, ...] = ()
     node_id: str = ""
     slots: int | None = None
 
@@ -97,12 +101,21 @@ class NodeInfo:
         return n if self.quota is None else max(1, min(n, int(self.quota)))
 
 
-def look(models: Sequence[str] = (), cache: str | None = None, *, sys_root: Path | None = None) -> NodeInfo:
+def look(
+    models: Sequence[str] = (),
+    cache: str | None = None,
+    files: Sequence[str] = (),
+    cached: Sequence[CacheFile] = (),
+    *,
+    sys_root: Path | None = None,
+) -> NodeInfo:
     """This host, as this process may use it.
 
     Args:
         models: paths or URLs that a run opens here.
         cache: `paths.cache`, where digests are kept and what URLs name.
+        files: paths of what a run reads beside models.
+        cached: what the driver has in its cache for the run.
         sys_root: in place of /sys.
     """
     from pipeline.capacity import available_bytes
@@ -117,7 +130,8 @@ def look(models: Sequence[str] = (), cache: str | None = None, *, sys_root: Path
         quota=cpu_quota(root / "fs/cgroup"),
         left_bytes=available_bytes(),
         here=_numa_of(_current_cpu(), numa_nodes),
-        models=tuple(_model(path, cache) for path in models),
+        models=(*(_model(path, cache) for path in models), *(_file(path, cache) for path in files)),
+        lacking=() if cache is None else lacking(cached, Path(cache)),
     )
 
 
@@ -252,3 +266,15 @@ def _model(path: str, cache: str | None) -> ModelFile:
         return ModelFile(path, problem=f"{here}: {error.strerror or error}")
     except engine.EngineError as error:
         return ModelFile(path, problem=str(error))
+
+
+def _file(path: str, cache: str | None) -> ModelFile:
+    """A file that is no model, as `_model` tells of one; how much of it is in the page cache is not known."""
+    from pipeline.provenance import kept_sha256
+
+    try:
+        n_bytes = Path(path).stat().st_size
+        sha256 = None if cache is None else kept_sha256([Path(path)], Path(cache))
+    except OSError as error:
+        return ModelFile(path, problem=f"{path}: {error.strerror or error}")
+    return ModelFile(path, n_bytes, sha256=sha256)

@@ -1,8 +1,8 @@
 """What scores a shard: plain Python that runs in a loop, in a debugger or inside a Ray actor.
 
 A worker maps the model and the token stream, scores windows with the engine, and commits its shard's file
-itself. Ray imports this module before a worker's environment is set, so engine, Numba and Arrow are imported
-by `__init__`.
+itself, or hands its table to the driver (`cluster.collect`). Ray imports this module before a worker's
+environment is set, so engine, Numba and Arrow are imported by `__init__`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import node_cache, numa
 from pipeline.errors import ModelError, ScoreError
+from pipeline.folders import folder_of
 from pipeline.node_cache import Copy, Wanted
 from pipeline.settings import EngineSettings, ProtocolSettings
 from pipeline.shards import Shard
@@ -27,9 +28,11 @@ from pipeline.shards import Shard
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import pyarrow as pa
 
     import engine
     from pipeline.scoring import Decode
+    from pipeline.store import Unpublished
     from pipeline.windows import Window
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,8 @@ class WorkerSpec:
         cache_dir: `paths.cache`, for the model's digest and the lock of the first compilation.
         columns: identity columns, the same in every row.
         wanted: the model, where each node fetches it; `model_path` then is the URL without its secrets.
-        following: the next run's model, to be fetched while this one is scored.
+        following: the next run's model, to be brought nearer while this one is scored.
+        collect: tables go to the driver, which publishes them: `run_dir` need not be seen from here.
     """
 
     run_key: str
@@ -64,6 +68,7 @@ class WorkerSpec:
     columns: Mapping[str, str | int | None] = field(default_factory=dict)
     wanted: Wanted | None = None
     following: Wanted | None = None
+    collect: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,8 @@ class ShardResult:
 
     `nll_sum_nats` is for the progress bar only. `load_s` and `compile_s` are what opening the worker's
     model cost, `model_open_s` is `engine.open` within `load_s`. `committed` is False when another process
-    had published the shard. `idle_s` is the worker's time since it finished its last shard of the run, None
-    when this is its first.
+    had published the shard, None while its tables are in `unpublished`, for the driver. `idle_s` is the
+    worker's time since it finished its last shard of the run, None when this is its first.
     """
 
     shard: Shard
@@ -86,9 +91,10 @@ class ShardResult:
     compile_s: float
     worker: str
     path: str
-    committed: bool
+    committed: bool | None
     model_open_s: float = 0.0
     idle_s: float | None = None
+    unpublished: tuple[Unpublished, ...] = ()
 
 
 class EvalWorker:
@@ -132,7 +138,8 @@ class EvalWorker:
             raise
         self.spec = spec
         if spec.following is not None:
-            node_cache.prefetch(spec.following, Path(spec.cache_dir))
+            n_bytes = 0 if self.file is None else self.file.n_bytes
+            node_cache.prefetch(spec.following, Path(spec.cache_dir), n_bytes)
 
     def _open(self, spec: WorkerSpec) -> None:
         """Map the model and make ready what computes with it."""
@@ -224,23 +231,22 @@ class EvalWorker:
             ScoreError: a negative log-likelihood is not finite; names window and position.
             StorageFailure: the file, or the state for the next shard, cannot be written.
         """
-        from pipeline import handover, store
+        from pipeline import handover
         from pipeline.tables import WINDOWS_SCHEMA, table
 
         started = time.perf_counter()
         idle_s = None if self._ended is None else started - self._ended
-        run_dir = Path(self.spec.run_dir)
         windows = self._windows(shard.first_window, shard.end)
         if shard.resumes:
             self._go_on(windows[0])
         scores = self.scorer.scores(windows)
         rows = [self._row(window, nll, shard) for window, nll in zip(windows, scores, strict=True)]
         if shard.hands_on:  # first: behind a finished shard there is a state
-            handover.leave(run_dir, shard.end, self.scorer.cache, self.scorer.slot, self.spec.model_sha256)
-        path = run_dir / shard.file_name
-        committed = store.commit(
-            table(rows, WINDOWS_SCHEMA), path, store.shard_meta(shard, self.spec.run_key)
-        )
+            states = handover.prepared(self.spec)
+            handover.leave(states, shard.end, self.scorer.cache, self.scorer.slot, self.spec.model_sha256)
+        published = self._publish(table(rows, WINDOWS_SCHEMA), self.spec.run_dir, shard, self.spec.run_key)
+        if handover.is_own(self.spec):  # nobody else sees it
+            handover.drop(handover.place(self.spec), [shard])
         self._ended = time.perf_counter()
         return ShardResult(
             shard=shard,
@@ -252,10 +258,10 @@ class EvalWorker:
             load_s=self.load_s,
             compile_s=self.compile_s,
             worker=self.name,
-            path=str(path),
-            committed=committed,
+            path=f"{self.spec.run_dir}/{shard.file_name}",
             model_open_s=self.model_open_s,
             idle_s=idle_s,
+            **told_of([published]),
         )
 
     def memory(self) -> dict[str, Any]:
@@ -276,6 +282,22 @@ class EvalWorker:
         if copy is not None:
             copy.close()
 
+    def _publish(self, rows: pa.Table, run_dir: str, shard: Shard, run_key: str) -> bool | Unpublished:
+        """Publish a shard's file, or have its table travel to the driver; the first to publish wins.
+
+        Returns:
+            whether this was the first, or the table.
+
+        Raises:
+            StorageFailure: the file cannot be written.
+        """
+        from pipeline import store
+
+        meta = store.shard_meta(shard, run_key)
+        if self.spec.collect:
+            return store.unpublished(rows, f"{run_dir}/{shard.file_name}", meta)
+        return store.commit(rows, folder_of(run_dir) / shard.file_name, meta)
+
     def _windows(self, first: int, end: int) -> list[Window]:
         return [self.protocol.window(self.stream.tokens, index) for index in range(first, end)]
 
@@ -288,7 +310,7 @@ class EvalWorker:
         spec, scorer, index = self.spec, self.scorer, window.index
         scorer.slot = 0
         if not handover.take_up(
-            Path(spec.run_dir), index, scorer.cache, scorer.slot, spec.model_sha256, window.position
+            handover.place(spec), index, scorer.cache, scorer.slot, spec.model_sha256, window.position
         ):
             n_before = (window.distance or 0) // spec.protocol.window
             before = self._windows(index - n_before, index)
@@ -334,13 +356,19 @@ class EvalWorker:
         }
 
 
+def told_of(published: Sequence[bool | Unpublished]) -> dict[str, Any]:
+    """What `ShardResult` says of a shard's tables, given what `EvalWorker._publish` said of each."""
+    sent = tuple(one for one in published if not isinstance(one, bool))
+    return {"committed": None if sent else all(published), "unpublished": sent}
+
+
 def in_line(specs: Sequence[WorkerSpec]) -> list[WorkerSpec]:
-    """Each told which model the next one wants, should it be another one that is fetched."""
+    """Each told which model the next one wants, should it be another one."""
     line: list[WorkerSpec] = []
     following = None
     for spec in reversed(specs):
         if line and line[-1].model_path != spec.model_path:
-            following = line[-1].wanted
+            following = line[-1].wanted or Wanted(line[-1].model_path, line[-1].model_sha256)
         line.append(replace(spec, following=following))
     return line[::-1]
 

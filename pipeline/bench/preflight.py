@@ -11,6 +11,7 @@ from pipeline.bench.limits import pick_cores
 from pipeline.bench.players import check_peers
 from pipeline.bench.settings import ThroughputSettings
 from pipeline.bench.work import Case, Work, cases, work_of
+from pipeline.folders import require_local
 from pipeline.preflight import model_digest, open_model
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def check(settings: ThroughputSettings) -> Bench:
     s = settings.resolved()
     given = settings.cluster.threads_per_worker is not None
     capacity.check_threads(s.engine.threads, "cluster.threads_per_worker" if given else "engine.threads")
+    require_local(s.paths.results, "throughput")
     store.probe(Path(s.paths.results), "paths.results")
     store.probe(Path(s.paths.cache), "paths.cache")
     tests = cases(s.bench)

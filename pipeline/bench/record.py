@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pipeline import provenance, store, tables
 from pipeline.bench import report
 from pipeline.bench.preflight import Bench
 from pipeline.errors import StorageFailure
+from pipeline.settings import logged
 from pipeline.tracking import Tracker
 
 
@@ -41,7 +41,7 @@ def commit(bench: Bench, summary: dict[str, Any]) -> Path:
         "numerics": summary["numerics"],
         "git_sha": provenance.git_sha(),
         "versions": provenance.canonical_json(provenance.versions()),
-        "settings": provenance.canonical_json(asdict(s)),
+        "settings": provenance.canonical_json(logged(s)),
     }
     rows = [{**row, **common} for row in summary["rows"]]
     file = folder(bench) / f"run-{now:%Y%m%dT%H%M%S.%fZ}.parquet"
@@ -90,7 +90,7 @@ def track(
     tags |= {"mlflow.note.content": Path(summary["markdown"]).read_text(encoding="utf-8")}
     return tracker.log_run(
         "throughput of " + ", ".join(model.work.name for model in bench.models),
-        asdict(bench.settings),
+        logged(bench.settings),
         metrics,
         tags,
         [*files, Path(summary["markdown"]), Path(summary["csv"])],

@@ -29,6 +29,7 @@ from pipeline.compare import student
 from pipeline.compare.ladder import smallest_difference
 from pipeline.compare.report.binned import Targets
 from pipeline.errors import StoreError
+from pipeline.folders import folder_of, local_files
 from pipeline.metrics import clustered_stderr
 from pipeline.results import ResultsSettings, Selection, results
 from pipeline.settings import PathsSettings
@@ -70,8 +71,8 @@ class Comparison:
             StoreError: they are not there.
         """
         folder = store.tokens_folder(self.folder, variant["pair_key"])
-        shards = sorted(folder.glob("shard-*.parquet"))
-        table = ds.dataset([str(path) for path in shards], TOKENS_SCHEMA).to_table() if shards else None
+        with local_files(sorted(folder.glob("shard-*.parquet"))) as shards:
+            table = ds.dataset([str(path) for path in shards], TOKENS_SCHEMA).to_table() if shards else None
         if table is None or table.num_rows < variant["n_windows"]:
             raise StoreError(
                 f"{folder}: has {0 if table is None else table.num_rows} windows of {variant['name']}, "
@@ -111,7 +112,8 @@ def read(folder: str | Path, run_key: str | None = None, *, bases: Sequence[str]
         )
     key = max(alike, key=lambda row: row["finished_at"])["run_key"]
     variants = [row for row in alike if row["run_key"] == key]
-    return Comparison(Path(folder), key, sorted(variants, key=lambda row: (-row["bytes"], row["pair_key"])))
+    variants = sorted(variants, key=lambda row: (-row["bytes"], row["pair_key"]))
+    return Comparison(folder_of(str(folder)), key, variants)
 
 
 def saved(variant: Variant) -> int:

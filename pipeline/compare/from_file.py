@@ -22,12 +22,12 @@ import numpy.typing as npt
 from omegaconf import MISSING
 
 import engine
-from pipeline import provenance
+from pipeline import numa, provenance
 from pipeline.compare import logit_files, on_the_spot
 from pipeline.compare.models import Member, member, n_logits, named, open_variant
 from pipeline.compare.settings import CompareSettings
 from pipeline.compare.to_file import streamed
-from pipeline.compare.worker import CompareSpec, CompareWorker
+from pipeline.compare.worker import CompareSpec, CompareWorker, of_file
 from pipeline.datasets import Text
 from pipeline.errors import DataError, ModelError, SettingsError
 from pipeline.settings import DataSettings, ModelSettings, absolute
@@ -266,10 +266,15 @@ class FromFileWorker(CompareWorker):
                 continue
             path, sha256 = model
             is_base = model == spec.models[0]
+            here = self._here(of_file(spec, path), cache)
             digest = provenance.file_sha256 if is_base else provenance.model_sha256
-            same(path, "SHA-256", digest(Path(path), cache), sha256, self.host)
+            same(path, "SHA-256", digest(here, cache), sha256, self.host)
             opening = time.perf_counter()
-            opened: Any = logit_files.LogitFile(path) if is_base else engine.open(path, load=spec.engine.load)
+            opened: Any = (
+                logit_files.LogitFile(path)
+                if is_base
+                else engine.open(numa.own_copy(path), load=spec.engine.load)
+            )
             self._files[model] = opened
             queued = time.perf_counter()
             self.model_open_s += queued - opening

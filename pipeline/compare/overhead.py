@@ -11,11 +11,11 @@ from __future__ import annotations
 import socket
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline import results
 from pipeline.compare.settings import CompareSettings
+from pipeline.folders import folder_of
 
 _LATEST = 5
 _ROWS = """
@@ -48,7 +48,7 @@ def overhead(
         "activations": s.engine.activations,
     }
     rates: dict[str, list[float]] = {}
-    for row in results.select(Path(s.paths.results), _ROWS, asked):
+    for row in results.select(folder_of(s.paths.results), _ROWS, asked):
         rates.setdefault(row["model_sha256"], []).append(row["rate"])
     if not n_tokens.keys() <= rates.keys():
         return None

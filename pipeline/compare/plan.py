@@ -10,7 +10,7 @@ task is a shard with all pairs that lack it, which one worker takes through all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import capacity, provenance, store
+from pipeline import capacity, handover, provenance, store
 from pipeline.compare import on_the_spot
 from pipeline.compare.logit_files import is_logit_file
 from pipeline.compare.models import Member, distinct, member, named, open_variant
@@ -29,10 +29,11 @@ from pipeline.compare.settings import CompareSettings
 from pipeline.compare.worker import CompareSpec, PairSpec, identity, states_folder
 from pipeline.errors import ModelError, StoreError
 from pipeline.executor import Task
-from pipeline.preflight import Asked, Preflight
+from pipeline.folders import folder_of
+from pipeline.preflight import Asked, NotFetched, Preflight, wanted_model
 from pipeline.settings import absolute
 from pipeline.shards import Shard, n_abreast, plan
-from pipeline.windows import cache_shape
+from pipeline.windows import CacheShape, cache_shape
 
 if TYPE_CHECKING:
     import engine
@@ -101,6 +102,11 @@ class Planned:
         return self.asked.measure
 
     @property
+    def states(self) -> Path:
+        """Where the states lie that documents' shards hand on, seen from here."""
+        return handover.place(_spec(self, self.pairs))
+
+    @property
     def n_windows(self) -> int:
         """All that there are, should nothing stop it."""
         return self.asked.n_windows
@@ -138,6 +144,8 @@ def check(settings: CompareSettings, preflight: Preflight, files: ExitStack) -> 
     paths, types = on_the_spot.told_apart(s.variants)
     try:
         asked = preflight.ask(s.of_base())
+    except NotFetched:
+        raise
     except ModelError as error:
         raise ModelError(
             str(error), error.hint.replace("model.path", "base.path"), kind=error.kind
@@ -194,9 +202,9 @@ def planned(checked: Checked) -> Planned:
                 f"{pair.variant.name}: it was begun with {pair.windows_per_shard}"
             )
     run_key = provenance.key_of(sorted(pair.key for pair in pairs))
-    folder = store.comparison_folder(Path(s.paths.results), run_key)
+    folder = store.comparison_folder(folder_of(s.paths.results), run_key)
     found = Planned(s, asked, base, pairs, run_key, folder, warnings)
-    check_memory(found)
+    check_memory(found, at_most=1)  # pipeline.placement starts more than one only where they fit
     return found
 
 
@@ -219,7 +227,7 @@ def begin(comparison: Planned) -> Planned:
     folders = [comparison.folder, *(pair.folder for pair in comparison.pairs)]
     if comparison.asked.protocol.begins(comparison.asked.stream.tokens.size) is not None:
         members = [comparison.base, *(pair.variant for pair in comparison.pairs)]
-        folders += [states_folder(comparison.folder, model.sha256) for model in members]
+        folders += [states_folder(comparison.states, model.sha256) for model in members]
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -268,7 +276,7 @@ def _pair(s: CompareSettings, asked: Asked, base: Member, variant: Member) -> Pa
     """
     parts: list[Any] = [asked.measure, base.subject, variant.subject]
     key = provenance.key_of(parts if s.keep_tokens else [*parts, "sketches"])
-    folder = store.tokens_folder(Path(s.paths.results), key)
+    folder = store.tokens_folder(folder_of(s.paths.results), key)
     wanted: dict[str, Any] = {
         "run_key": key,
         "n_windows": asked.n_windows,
@@ -325,6 +333,7 @@ def _spec(comparison: Planned, pairs: Sequence[Pair]) -> CompareSpec:
         windows_per_shard=pairs[0].windows_per_shard,
         run_dir=str(comparison.folder),
         cache_dir=s.paths.cache,
+        collect=s.cluster.collect,
         pairs=tuple(
             PairSpec(
                 pair.key,
@@ -337,19 +346,48 @@ def _spec(comparison: Planned, pairs: Sequence[Pair]) -> CompareSpec:
             for pair in pairs
         ),
         keep_tokens=s.keep_tokens,
+        wanted=wanted_model(asked.settings, base.sha256),
     )
 
 
-def check_memory(comparison: Planned) -> None:
-    """Refuse what will not fit into this host's memory; SettingsError names what does."""
-    s, asked = comparison.settings, comparison.asked
+def check_memory(comparison: Planned, at_most: int | None = None) -> None:
+    """Refuse what will not fit into this host's memory; SettingsError names what does.
+
+    Args:
+        at_most: workers, where `cluster.workers` leaves that open.
+    """
     left = list(_lacking(comparison.pairs))
     if not left:
         return
-    n_pairs, per_shard = (
-        max(len(pairs) for _, pairs in left),
-        max(p.windows_per_shard for _, ps in left for p in ps),
-    )
-    shape = partial(cache_shape, asked.protocol, asked.stream.tokens.size, s.protocol, per_shard)
     abreast = n_abreast([shard for shard, _ in left])
-    capacity.check_run(asked.file, asked.settings, abreast, shape, n_variants=n_pairs)
+    abreast = abreast if at_most is None else min(at_most, abreast)
+    asked = comparison.asked
+    capacity.check_run(
+        asked.file, asked.settings, abreast, _shape(comparison), n_variants=_n_at_once(comparison)
+    )
+
+
+def worker_bytes(comparison: Planned, n_missing: int = 0) -> int:
+    """What a worker allocates.
+
+    Args:
+        n_missing: variants that are still to be made, which it will have open as well.
+    """
+    asked = comparison.asked
+    s, n_variants = asked.settings.engine, _n_at_once(comparison) + n_missing
+    return capacity.worker_bytes(
+        asked.file, s, s.batch_tokens, _shape(comparison)(s.batch_tokens), n_variants
+    )
+
+
+def _n_at_once(comparison: Planned) -> int:
+    """The most variants that a worker has open at once."""
+    return max((len(pairs) for _, pairs in _lacking(comparison.pairs)), default=0)
+
+
+def _shape(comparison: Planned) -> Callable[[int], CacheShape]:
+    """Of a worker's cache of one model, for a number of batch tokens."""
+    s, asked = comparison.settings, comparison.asked
+    todo = [pair.windows_per_shard for pair in comparison.pairs if pair.todo]
+    per_shard = max(todo, default=s.cluster.windows_per_shard)
+    return partial(cache_shape, asked.protocol, asked.stream.tokens.size, s.protocol, per_shard)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from pipeline import provenance, store, tables
 from pipeline.compare.plan import Planned
 from pipeline.compare.worker import identity
+from pipeline.settings import logged
 from pipeline.tracking import DataInput, Tracker
 
 _TAGGED = ("run_key", "measure_key", "tokens_sha256", "version", "numerics", "exit_code", "ok")
@@ -42,7 +42,7 @@ def commit(comparison: Planned, summary: Mapping[str, Any]) -> Path:
         "data_path": s.data.path,
         "threads": s.engine.threads,
         "batch_tokens": s.engine.batch_tokens,
-        "settings": provenance.canonical_json(asdict(s)),
+        "settings": provenance.canonical_json(logged(s)),
         **_surroundings(),
     }
     rows = []
@@ -70,7 +70,7 @@ def track(
     data = DataInput(s.data.name, s.data.path, comparison.measure["data_sha256"])
     parent = tracker.log_run(
         f"{len(comparison.pairs)} variants of {base.name} on {s.data.name}",
-        asdict(s),
+        logged(s),
         {},
         {**tags, "mlflow.note.content": _note(summary)},
         data=data,

@@ -18,15 +18,17 @@ from pipeline.cluster import open_executor
 from pipeline.compare import conclude, record, sensitivity
 from pipeline.compare.decisions import Decisions
 from pipeline.compare.logit_files import FORMAT
+from pipeline.compare.needs import dry_plan, need_of
 from pipeline.compare.overhead import overhead
 from pipeline.compare.plan import Checked, Planned, begin, check, make_missing, planned, tasks
 from pipeline.compare.settings import CompareSettings, broken_limits
 from pipeline.compare.worker import FACTORY, CompareSpec, states_folder
 from pipeline.errors import IncompleteError
 from pipeline.executor import ShardFailure, Task
+from pipeline.folders import folder_of, local_files, report_folder, tracking_folder
 from pipeline.memory import process_memory
-from pipeline.perplexity import no_idle_workers, told
-from pipeline.preflight import Preflight
+from pipeline.perplexity import no_idle_workers, told, unfetched
+from pipeline.preflight import NotFetched, Preflight
 from pipeline.run_lock import RunLocks
 from pipeline.shards import Shard, n_abreast
 from pipeline.tracking import Tracker, open_tracker
@@ -74,10 +76,16 @@ def run(settings: CompareSettings, progress: Progress | None) -> RunResult:
     """See `pipeline.compare.compare`."""
     began_s, clock = time.time(), time.perf_counter()
     with ExitStack() as files, Preflight() as preflight:
-        checked = check(settings, preflight, files)
+        try:
+            checked = check(settings, preflight, files)
+        except NotFetched as error:
+            nothing: dict[str, Any] = {"base": None, "variants": [], "report": None, "overhead": None}
+            summary = unfetched(error) | {"job": "compare", **nothing}
+            summary["wall_s"] = time.perf_counter() - clock
+            return RunResult(summary, summary["warnings"], "", 0)
         swaps = sensitivity.check(checked)
         if settings.dry_run:
-            summary = _told_plan(checked) | (swaps.told() if swaps else {})
+            summary = _told_plan(checked, len(swaps.groups) if swaps else 0) | (swaps.told() if swaps else {})
             summary["wall_s"] = time.perf_counter() - clock
             return RunResult(summary, summary["warnings"], summary["table"] or "", 0)
         written = _logits(checked, progress)
@@ -88,7 +96,7 @@ def run(settings: CompareSettings, progress: Progress | None) -> RunResult:
         swaps = swaps or sensitivity.check(ready)
         comparison = begin(planned(ready))
         files.enter_context(RunLocks()).take(comparison.folder)
-        tracker = open_tracker(comparison.settings.tracking, Path(comparison.settings.paths.results))
+        tracker = open_tracker(comparison.settings.tracking, tracking_folder(comparison.settings.paths))
         try:
             decisions = Decisions(comparison.pairs, comparison.settings.stop.alpha, comparison.order)
             finished = {pair.key: dict(pair.finished.paths) for pair in comparison.pairs}
@@ -97,9 +105,8 @@ def run(settings: CompareSettings, progress: Progress | None) -> RunResult:
             summary = _concluded(comparison, finished, decisions, tally, swapping)
             summary |= {"logits": written, "wall_s": time.perf_counter() - clock}
             artifacts = [record.commit(comparison, summary)]
-            summary["mlflow_run_id"] = record.track(
-                tracker, comparison, summary, [*artifacts, *_reports(summary)], began_s
-            )
+            with local_files([*artifacts, *_reports(summary)], leave_out=True) as here:
+                summary["mlflow_run_id"] = record.track(tracker, comparison, summary, here, began_s)
         finally:
             tracker.close()
     summary["warnings"] = list(dict.fromkeys([*summary["warnings"], *tracker.warnings]))
@@ -124,17 +131,17 @@ def _computed(
         spec = cast(CompareSpec, task.spec)
         tally.take(spec, result)
         for pair in spec.pairs:
-            finished[pair.key][task.shard] = Path(pair.run_dir) / task.shard.file_name
+            finished[pair.key][task.shard] = folder_of(pair.run_dir) / task.shard.file_name
         if task.shard.resumes:
             for _, sha256 in spec.models:
-                handover.drop(states_folder(spec.run_dir, sha256), [task.shard])
+                handover.drop(states_folder(handover.place(spec), sha256), [task.shard])
         if progress is not None:
             progress.advance(result.n_windows, result.n_scored, result.nll_sum_nats, result.n_tokens)
         return by_decision and decisions.update(finished)
 
     settings = comparison.asked.settings
     cluster = no_idle_workers(settings, n_abreast([task.shard for task in todo]))
-    executor = open_executor(cluster, settings.engine, _factory(comparison))
+    executor = open_executor(cluster, settings.engine, _factory(comparison), need_of(comparison))
     try:
         if progress is not None:
             progress.note(_starting(comparison))
@@ -181,7 +188,7 @@ def _concluded(
         done = conclude.of_the_finished(comparison, finished, lacking)
         return summary | done | told(conclude.incomplete(lacking, tally.failures))
     for model in (comparison.base, *(pair.variant for pair in comparison.pairs)):
-        shutil.rmtree(states_folder(comparison.folder, model.sha256), ignore_errors=True)
+        shutil.rmtree(states_folder(comparison.states, model.sha256), ignore_errors=True)
     rows = conclude.tables(comparison, finished, counted)
     summary |= conclude.conclusion(comparison, rows, counted, decisions.at)
     summary |= _judged(comparison.settings, summary["variants"])
@@ -258,7 +265,8 @@ def _reported(comparison: Planned, summary: dict[str, Any], rows: dict[str, Any]
         },
     )
     try:
-        path = report.write(summary, pairs, comparison.folder, tokenizer=asked.tokenizer)
+        folder = report_folder(s.paths, comparison.folder)
+        path = report.write(summary, pairs, folder, tokenizer=asked.tokenizer)
     except Exception as error:
         log.debug("report", exc_info=error)
         warning = f"no report: {type(error).__name__}: {error}; the tables are complete"
@@ -307,12 +315,10 @@ def _figures(comparison: Planned, tally: Tally) -> dict[str, Any]:
     }
 
 
-def _told_plan(checked: Checked) -> dict[str, Any]:
-    """A dry run's answer: what would be computed; nothing is made or started."""
+def _told_plan(checked: Checked, n_swaps: int) -> dict[str, Any]:
+    """A dry run's answer: what would be computed, where and how long; nothing is made or started."""
     comparison = planned(checked)
-    todo = tasks(comparison)
-    cluster = no_idle_workers(checked.asked.settings, n_abreast([task.shard for task in todo]))
-    summary = _blank(comparison)
+    summary = _blank(comparison) | dry_plan(checked, comparison, n_swaps)
     for entry, pair in zip(summary["variants"], comparison.pairs, strict=True):
         entry["shards_todo"] = len(pair.todo)
     summary["variants"] += [
@@ -321,9 +327,9 @@ def _told_plan(checked: Checked) -> dict[str, Any]:
     ]
     return summary | {
         "dry_run": True,
+        "fetch_bytes": 0,
         "run_key": comparison.run_key if comparison.pairs and not checked.missing else None,
         "table": summary["table"] if comparison.pairs and not checked.missing else None,
-        "n_workers": 1 if cluster.kind == "inline" else cluster.workers,
         "shards_todo": sum(len(pair.todo) for pair in comparison.pairs),
     }
 

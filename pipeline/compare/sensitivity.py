@@ -171,7 +171,7 @@ def _figures(comparison: Planned, members: Sequence[Member], compute: Compute) -
                     finished[pair.key][failure.shard] = path
         told += _concluded(stage, finished, failures)
         for model in (stage.base, *(pair.variant for pair in stage.pairs)):
-            shutil.rmtree(states_folder(stage.folder, model.sha256), ignore_errors=True)
+            shutil.rmtree(states_folder(stage.states, model.sha256), ignore_errors=True)
     return told
 
 

@@ -166,8 +166,6 @@ class CompareSettings:
         problems += unknown([("stop.name", self.stop.name, STOPS)])
         if not 0 < self.stop.alpha < 0.5:
             problems.append(f"stop.alpha={self.stop.alpha} is no error rate; expected more than 0, under 0.5")
-        if self.cluster.numa == "mirror":
-            problems.append("cluster.numa=mirror is of `perplexity` alone; distribute spreads the workers")
         if self.data.weight is not None:
             problems.append(
                 f"data.weight={self.data.weight}: a comparison weighs all windows alike; leave it out"

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pipeline import numa
 from pipeline.errors import ScoreError
 from pipeline.shards import Shard
-from pipeline.worker import EvalWorker, ShardResult, WorkerSpec, first_compiles, same
+from pipeline.worker import EvalWorker, ShardResult, WorkerSpec, first_compiles, same, told_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,9 +130,10 @@ class CompareWorker(EvalWorker):
             self._files.pop(gone).close()
         opened = []
         for path, sha256 in set(spec.files) - self._files.keys():
-            same(path, "SHA-256", model_sha256(Path(path), cache), sha256, self.host)
+            here = self._here(of_file(spec, path), cache)
+            same(path, "SHA-256", model_sha256(here, cache), sha256, self.host)
             opening = time.perf_counter()
-            self._files[path, sha256] = engine.open(path, load=spec.engine.load)
+            self._files[path, sha256] = engine.open(numa.own_copy(str(here)), load=spec.engine.load)
             self.model_open_s += time.perf_counter() - opening
             opened.append(self._files[path, sha256])
         base = self._files[spec.files[0]]
@@ -177,10 +179,10 @@ class CompareWorker(EvalWorker):
 
         Raises:
             ScoreError: a score is not finite; names the model, window and position. Pairs whose scores all
-                are have been published.
+                are have been published, but for tables that were to travel to the driver.
             StorageFailure: a file, or a state for the next shard, cannot be written.
         """
-        from pipeline import store
+        from pipeline import handover
         from pipeline.tables import TOKENS_SCHEMA, table
 
         started = time.perf_counter()
@@ -193,7 +195,7 @@ class CompareWorker(EvalWorker):
         layers_s = (self._layers_s - before) / len(windows)
         if shard.hands_on:  # first: behind a finished shard there are states
             self._leave(shard.end)
-        committed = []
+        published = []
         fault: ScoreError | None = None
         for number, pair in enumerate(spec.pairs, 1):
             wrong = next(filter(None, map(self._fault, windows, scores, itertools.repeat(number))), None)
@@ -204,11 +206,12 @@ class CompareWorker(EvalWorker):
                 self._pair_row(w, found, number, shard) | {"layers_s": float(layers_s[number])}
                 for w, found in zip(windows, scores, strict=True)
             ]
-            path = Path(pair.run_dir) / shard.file_name
-            meta = store.shard_meta(shard, pair.key)
-            committed.append(store.commit(table(rows, TOKENS_SCHEMA), path, meta))
+            published.append(self._publish(table(rows, TOKENS_SCHEMA), pair.run_dir, shard, pair.key))
         if fault is not None:
             raise fault
+        if handover.is_own(spec):  # nobody else sees them
+            for _, sha256 in spec.models:
+                handover.drop(states_folder(handover.place(spec), sha256), [shard])
         return ShardResult(
             shard=shard,
             n_windows=len(windows) * len(spec.pairs),
@@ -220,8 +223,8 @@ class CompareWorker(EvalWorker):
             compile_s=self.compile_s,
             worker=self.name,
             path=spec.run_dir,
-            committed=all(committed),
             model_open_s=self.model_open_s,
+            **told_of(published),
         )
 
     def memory(self) -> dict[str, Any]:
@@ -238,13 +241,17 @@ class CompareWorker(EvalWorker):
         files, self._files, self.file = self._files, {}, None
         for file in files.values():
             file.close()
+        copy, self.copy = self.copy, None
+        if copy is not None:
+            copy.close()
 
     def _leave(self, first_window: int) -> None:
         """Save every model's state for the shard that begins with this window."""
         from pipeline import handover
 
         for (_, sha256), cache in zip(self.spec.models, self.scorer.cache.all, strict=True):
-            folder = states_folder(self.spec.run_dir, sha256)
+            folder = states_folder(handover.prepared(self.spec), sha256)
+            folder.mkdir(exist_ok=True)
             handover.leave(folder, first_window, cache, self.scorer.slot, sha256)
 
     def _go_on(self, window: Window) -> None:
@@ -255,8 +262,9 @@ class CompareWorker(EvalWorker):
 
         spec, scorer, index = self.spec, self.scorer, window.index
         scorer.slot = 0
+        place = handover.place(spec)
         found = [
-            handover.take_up(states_folder(spec.run_dir, sha256), index, cache, 0, sha256, window.position)
+            handover.take_up(states_folder(place, sha256), index, cache, 0, sha256, window.position)
             for (_, sha256), cache in zip(spec.models, scorer.cache.all, strict=True)
         ]
         if not all(found):
@@ -339,6 +347,11 @@ class CompareWorker(EvalWorker):
         }
 
 
+def of_file(spec: CompareSpec, path: str) -> WorkerSpec:
+    """A spec of that file alone: only the base may be one that nodes fetch."""
+    return spec if path == spec.model_path else replace(spec, model_path=path, wanted=None)
+
+
 def identity(
     measure: Mapping[str, Any], base: Mapping[str, Any], variant: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -351,6 +364,6 @@ def identity(
     return columns
 
 
-def states_folder(run_dir: str | Path, model_sha256: str) -> Path:
-    """Where the states of a model lie that documents' shards hand on."""
-    return Path(run_dir) / f".states-{model_sha256[:16]}"
+def states_folder(place: Path, model_sha256: str) -> Path:
+    """Where, of a run's states (`handover.place`), those of a model lie."""
+    return place / f".states-{model_sha256[:16]}"

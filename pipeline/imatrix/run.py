@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import RunResult, provenance, store
 from pipeline.cluster import open_executor
+from pipeline.estimate import Estimator, need_of
 from pipeline.executor import Task
+from pipeline.folders import folder_of, local_files, tracking_folder
 from pipeline.gguf_writer import check_place
 from pipeline.imatrix.settings import ImatrixSettings
 from pipeline.imatrix.sums import IMATRIX, matrices, merged
 from pipeline.imatrix.worker import WORKER
-from pipeline.perplexity import Scoring, blank, incomplete, no_idle_workers, planned, told
-from pipeline.preflight import Preflight, Prepared
+from pipeline.perplexity import (
+    Scoring,
+    blank,
+    dry_plan,
+    incomplete,
+    no_idle_workers,
+    planned,
+    told,
+    unfetched,
+)
+from pipeline.preflight import NotFetched, Preflight, Prepared
 from pipeline.quantize.imatrix_file import write_imatrix
+from pipeline.settings import logged
 from pipeline.shards import n_abreast
 from pipeline.tracking import DataInput, Tracker, open_tracker
 
@@ -31,6 +42,11 @@ _KEYS = (
     *("shards_reused", "windows_per_shard", "model_sha256", "data_sha256", "tokens_sha256"),
 )
 """What its line has of a perplexity run's."""
+_PLANNED = (
+    *("dry_run", "n_tokens", "n_workers", "shards_todo", "nodes", "estimated_s", "estimated_from"),
+    *("memory_bytes", "fetch_bytes"),
+)
+"""What a dry run's has besides."""
 _TAGGED = (
     *("run_key", "measure_key", "sha256", "model_sha256", "tokens_sha256", "version", "numerics"),
     *("exit_code", "ok"),
@@ -45,14 +61,20 @@ def run(settings: ImatrixSettings, progress: Progress | None) -> RunResult:
     settings = settings.resolved()
     check_place("imatrix.out", Path(settings.imatrix.out), 0, overwrite=settings.imatrix.overwrite)
     with Preflight(IMATRIX) as preflight:
-        ready = preflight.check(settings.reading)
+        try:
+            ready = preflight.check(settings.reading)
+        except NotFetched as error:
+            summary = unfetched(error) | {"job": "imatrix", "out": settings.imatrix.out}
+            summary |= {"n_tensors": None, "sha256": None}
+            summary["wall_s"] = time.perf_counter() - clock
+            return RunResult(summary, summary["warnings"], "", 0)
         summary = _blank(ready, settings)
         if settings.dry_run:
-            plan = planned(ready)
-            summary |= {key: plan[key] for key in ("dry_run", "n_tokens", "n_workers", "shards_todo")}
+            plan = planned(ready) | dry_plan([ready], Estimator(ready.settings), _sums_bytes(ready))[0]
+            summary |= {key: plan[key] for key in _PLANNED}
         else:
             scoring = Scoring(preflight.begin(ready), since=clock)
-            tracker = open_tracker(ready.settings.tracking, Path(ready.settings.paths.results))
+            tracker = open_tracker(ready.settings.tracking, tracking_folder(ready.settings.paths))
             try:
                 _compute(scoring, tracker, progress)
                 summary |= _concluded(scoring, settings)
@@ -75,7 +97,12 @@ def _compute(scoring: Scoring, tracker: Tracker, progress: Progress | None) -> N
         if progress is not None:
             progress.advance(result.n_windows, result.n_scored, result.nll_sum_nats, result.n_tokens)
 
-    executor = open_executor(no_idle_workers(ready.settings, n_abreast(ready.todo)), spec.engine, WORKER)
+    executor = open_executor(
+        no_idle_workers(ready.settings, n_abreast(ready.todo)),
+        spec.engine,
+        WORKER,
+        need_of([ready], _sums_bytes(ready)),
+    )
     try:
         if progress is not None:
             progress.note("starting workers")
@@ -92,10 +119,25 @@ def _compute(scoring: Scoring, tracker: Tracker, progress: Progress | None) -> N
             progress.stop()
 
 
+def _sums_bytes(ready: Prepared) -> int:
+    """The most that a worker's sums take: three int64 for each input of a layer's matrices, and a total.
+
+    Matrices that multiply the same input share its sums; here each counts.
+    """
+    shapes = [
+        tensor.shape
+        for name, tensor in ready.file.tensors.items()
+        if name.startswith("blk.") and len(tensor.shape) == 2
+    ]
+    columns = max((shape[1] for shape in shapes), default=0)
+    return (ready.settings.engine.threads + 1) * len(shapes) * (columns + 1) * 24
+
+
 def _concluded(scoring: Scoring, settings: ImatrixSettings) -> dict[str, Any]:
     """The file, when no shard is missing, and what is known of the run now."""
     ready = scoring.ready
-    finished = store.finished_shards(Path(ready.spec.run_dir), ready.shards, ready.spec.run_key, IMATRIX)
+    folder = folder_of(ready.spec.run_dir)
+    finished = store.finished_shards(folder, ready.shards, ready.spec.run_key, IMATRIX)
     missing = [shard for shard in ready.shards if shard not in finished.paths]
     wall_s = scoring.ended - scoring.began
     known: dict[str, Any] = {
@@ -142,14 +184,16 @@ def _tracked(
         "mlflow.source.name": "pagemill imatrix",
     }
     data = settings.data
-    run_id = tracker.log_run(
-        f"imatrix of {Path(ready.spec.model_path).stem} on {data.name}",
-        asdict(settings),
-        {key: x for key, x in summary.items() if isinstance(x, (int, float)) and key not in _TAGGED},
-        tags,
-        [Path(ready.spec.run_dir) / "plan.json", *([Path(summary["out"])] if summary["ok"] else [])],
-        DataInput(data.name, ready.settings.data.path, ready.measure["data_sha256"]),
-        complete=bool(summary["ok"]),
-        started_s=began_s,
-    )
+    files = [folder_of(ready.spec.run_dir) / "plan.json", *([Path(summary["out"])] if summary["ok"] else [])]
+    with local_files(files, leave_out=True) as artifacts:
+        run_id = tracker.log_run(
+            f"imatrix of {Path(ready.spec.model_path).stem} on {data.name}",
+            logged(settings),
+            {key: x for key, x in summary.items() if isinstance(x, (int, float)) and key not in _TAGGED},
+            tags,
+            artifacts,
+            DataInput(data.name, ready.settings.data.path, ready.measure["data_sha256"]),
+            complete=bool(summary["ok"]),
+            started_s=began_s,
+        )
     return {"mlflow_run_id": run_id, "warnings": [*summary["warnings"], *dict.fromkeys(tracker.warnings)]}

@@ -66,8 +66,6 @@ class ImatrixSettings:
                 f"protocol.name={self.protocol.name} is not of this job; expected windows: whole ones, each "
                 "from an empty cache, as llama-imatrix reads them"
             )
-        if self.cluster.numa == "mirror":
-            problems.append("cluster.numa=mirror is of `perplexity` alone; distribute spreads the workers")
         if self.data.weight is not None:
             problems.append(
                 f"data.weight={self.data.weight} is not of this job: every token counts once; leave it out"

@@ -20,7 +20,7 @@ import engine
 from pipeline.errors import ScoreError, StorageFailure
 from pipeline.quantize.imatrix_file import Sums
 from pipeline.shards import Shard
-from pipeline.store import ShardTable
+from pipeline.store import ShardTable, readable
 
 Limbs = npt.NDArray[np.int64]
 
@@ -92,7 +92,7 @@ def _added(name: str, one: Limbs, other: Limbs) -> Limbs:
 
 def _read(path: Path) -> dict[str, Total]:
     try:
-        table = pq.read_table(path, partitioning=None, columns=list(_READ))
+        table = pq.read_table(readable(path), partitioning=None, columns=list(_READ))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise StorageFailure(
             f"a finished shard cannot be read back: {error}", "run the same command again"

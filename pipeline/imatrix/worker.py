@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ScoreError
-from pipeline.worker import EvalWorker, ShardResult, WorkerSpec
+from pipeline.worker import EvalWorker, ShardResult, WorkerSpec, told_of
 
 if TYPE_CHECKING:
     import engine
@@ -45,7 +44,6 @@ class ImatrixWorker(EvalWorker):
             ScoreError: an input is not finite or too large; names its matrices.
             StorageFailure: the file cannot be written.
         """
-        from pipeline import store
         from pipeline.imatrix.sums import rows
         from pipeline.tables import IMATRIX_SCHEMA, table
 
@@ -61,12 +59,8 @@ class ImatrixWorker(EvalWorker):
             "threads": self.spec.engine.threads,
             "batch_tokens": self.spec.engine.batch_tokens,
         }
-        path = Path(self.spec.run_dir) / shard.file_name
-        committed = store.commit(
-            table(rows(self.sums, n_tokens, limbs, common), IMATRIX_SCHEMA),
-            path,
-            store.shard_meta(shard, self.spec.run_key),
-        )
+        found = table(rows(self.sums, n_tokens, limbs, common), IMATRIX_SCHEMA)
+        published = self._publish(found, self.spec.run_dir, shard, self.spec.run_key)
         return ShardResult(
             shard=shard,
             n_windows=len(windows),
@@ -77,9 +71,9 @@ class ImatrixWorker(EvalWorker):
             load_s=self.load_s,
             compile_s=self.compile_s,
             worker=self.name,
-            path=str(path),
-            committed=committed,
+            path=f"{self.spec.run_dir}/{shard.file_name}",
             model_open_s=self.model_open_s,
+            **told_of([published]),
         )
 
     def close(self) -> None:

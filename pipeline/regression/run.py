@@ -307,6 +307,8 @@ def _kept(
     )
     if found.down is not None and summary["exit_code"] == 2:
         summary["error"]["hint"] = _later(s, file)
+    if s.action == "check" and summary["exit_code"] == 1:
+        summary["error"]["hint"] += f": the same command with action=promote run={run_id or file}"
     to_file = is_file(s.baseline or "")
     if s.action == "promote" and (summary["exit_code"] == 0 or (to_file and summary["exit_code"] == 2)):
         what = str(file) if to_file or run_id is None else run_id

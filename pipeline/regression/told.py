@@ -99,7 +99,7 @@ def _broken(s: RegressionSettings, outcome: Outcome, n: int) -> dict[str, str]:
     if len(outcome.culprits) > _NAMED_AT_MOST:
         sentences.append(f"and {len(outcome.culprits) - _NAMED_AT_MOST} more")
     message = f"{n} of {len(outcome.gates)} limits are broken:\n  " + "\n  ".join(sentences)
-    hint = "the report says more; action=promote run=... makes this run the baseline, if it is meant so"
+    hint = "the report says more; if it is meant so, make this run the baseline"
     if s.action == "promote":
         hint = "a baseline has to keep its own limits: change what broke them, or the limits"
     return {"type": "Regression", "message": message, "hint": hint}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.pipeline.ray_script import ROOT, script_environment
+from tests.pipeline.s3_server import s3, s3_url  # noqa: F401
 
 
 @pytest.fixture(scope="session")

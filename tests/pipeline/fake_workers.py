@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.node_cache import Wanted
 from pipeline.shards import Shard
+
+
+class FetchedSpec(dict[str, Any]):
+    """A spec whose model nodes fetch."""
+
+    def __init__(self, url: str, cache_dir: str, **rest: Any) -> None:
+        super().__init__(rest)
+        self.wanted: Wanted | None = Wanted(url)
+        self.cache_dir = cache_dir
 
 
 @dataclass(frozen=True)

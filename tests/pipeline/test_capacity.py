@@ -150,7 +150,7 @@ def test_a_clusters_threads_are_not_this_machines(scored) -> None:
 
 @pytest.mark.parametrize(("cluster", "n"), [(ClusterSettings("inline"), 1), (ClusterSettings(workers=3), 3)])
 def test_a_perplexity_whose_batch_does_not_fit_is_refused_before_allocation(scored, left, cluster, n) -> None:
-    left(n * (capacity.BASE_BYTES + 500_000 + 4))
+    left(n * (capacity.BASE_BYTES + 500_000 + 4) + (capacity.RAY_BYTES if cluster.kind == "local" else 0))
     with pytest.raises(SettingsError, match=r"the largest that fits is engine\.batch_tokens=500") as caught:
         evaluate(scored(cluster=cluster))
     assert f"{n} worker{'s want' if n > 1 else ' wants'}" in str(caught.value)
@@ -163,7 +163,7 @@ def test_a_perplexity_whose_batch_does_not_fit_is_refused_before_allocation(scor
 
 def test_workers_that_have_nothing_to_do_are_not_counted(scored, left) -> None:
     cluster = ClusterSettings(windows_per_shard=1000)  # one shard, so one worker, whatever the cores
-    left(capacity.BASE_BYTES + 5_000_000)
+    left(capacity.RAY_BYTES + capacity.BASE_BYTES + 5_000_000)
     assert evaluate(scored(cluster=cluster, dry_run=True)).exit_code == 0
 
 

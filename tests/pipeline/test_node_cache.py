@@ -20,7 +20,7 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cache_room, evaluate, evaluate_all, fetch, node_cache
+from pipeline import cache_room, capacity, evaluate, evaluate_all, fetch, node_cache
 from pipeline.errors import DataError, ModelError, SettingsError, StoreError
 from pipeline.node_cache import Wanted, local_copy, model_copy
 from pipeline.provenance import model_sha256
@@ -37,7 +37,7 @@ from pipeline.settings import (
 )
 from pipeline.sweep import Point
 from pipeline.worker import EvalWorker
-from tests.fake_engine import install
+from tests.fake_engine import FakeFile, install
 
 MODEL = b"GGUF" + bytes(range(256)) * 400
 ROOT = Path(__file__).parents[2]
@@ -567,7 +567,7 @@ def test_a_node_without_the_file_is_named(make, tmp_path, monkeypatch):
 
 def test_the_next_model_of_a_sweep_is_prefetched_on_the_nodes(make, server, tmp_path, monkeypatch):
     wanted = []
-    monkeypatch.setattr(node_cache, "prefetch", lambda w, folder: wanted.append(w.name))
+    monkeypatch.setattr(node_cache, "prefetch", lambda w, *_: wanted.append(w.name))
     points = [Point({"model.path": path}, make(server.url(path))) for path in ("/m.gguf", "/n.gguf")]
     server.files["/n.gguf"] = b"GGUF" + MODEL
     assert evaluate_all(points).exit_code == 0
@@ -583,6 +583,43 @@ def test_a_worker_prefetches_while_its_own_model_is_open(make, server, tmp_path,
     [path] = node_cache.kept(server.url("/n.gguf"), tmp_path / "node")
     assert (path.read_bytes(), worker.file is not None) == (MODEL[::-1], True)
     worker.close()
+
+
+def test_the_next_model_of_a_sweep_by_path_is_read_ahead_while_one_is_mapped(make, tmp_path, monkeypatch):
+    """A worker finishes one model before it maps the next, whose pages are on their way by then."""
+    opened, read = [], []
+    for name in "mn":
+        (tmp_path / f"{name}.gguf").write_bytes(MODEL + name.encode())
+    real = EvalWorker._open
+    monkeypatch.setattr(
+        EvalWorker, "_open", lambda self, spec: (opened.append(spec.model_path), real(self, spec))[1]
+    )
+    monkeypatch.setattr(node_cache, "_read_ahead", lambda *given: read.append((*given, len(opened))))
+    paths = [str(tmp_path / f"{name}.gguf") for name in "mn"]
+    points = [
+        Point({"model.path": f"{window} {path}"}, make(path, protocol=ProtocolSettings(window=window)))
+        for window in (16, 32)
+        for path in paths
+    ]
+    assert evaluate_all(points).exit_code == 0
+    assert opened == paths, "each once, one after the other"
+    assert set(read) == {(paths[1], tmp_path / "cache", len(MODEL) + 1, 1)}
+
+
+def test_a_file_is_read_ahead_where_there_is_room_beside_what_is_open(tmp_path, monkeypatch):
+    install(monkeypatch)
+    (tmp_path / "m.gguf").write_bytes(MODEL)
+    path, locks = str(tmp_path / "m.gguf"), tmp_path / "locks"
+    monkeypatch.setattr(FakeFile, "resident_bytes", lambda self: 0)
+    monkeypatch.setattr(capacity, "available_bytes", lambda: len(MODEL) + 99)
+    node_cache._read_ahead(path, tmp_path, 100)
+    assert not locks.exists(), "no room"
+    node_cache._read_ahead(path, tmp_path, 99)
+    [lock] = locks.iterdir()
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        node_cache._read_ahead(path, tmp_path, 99)  # another process of the host does: returns at once
+    node_cache.prefetch(Wanted(str(tmp_path / "gone.gguf")), tmp_path).join(10)
 
 
 def test_the_digest_of_a_fetched_model_is_the_models(server, tmp_path, monkeypatch):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +133,34 @@ def test_the_copies_are_gone_with_their_keeper_and_the_file_is_used_again(
         assert numa.own_copy(path) == path
     assert "copy is gone" in caplog.text
     assert numa.own_copy(str(tmp_path / "other.gguf")) == str(tmp_path / "other.gguf")
+
+
+def test_folders_of_killed_keepers_are_removed_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    living = numa.Keeper()
+    made = subprocess.run(
+        [sys.executable, "-c", "import os; from pipeline.numa import Keeper; Keeper(); os._exit(9)"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        check=False,
+    )
+    assert made.returncode == 9
+    (dead,) = set(tmp_path.iterdir()) - {living._folder}
+    (dead / "0").mkdir()
+    (dead / "0" / "m.gguf").symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "pagemill-numa-unlocked").mkdir()  # just being made
+    (tmp_path / "pagemill-numa-link").symlink_to(dead)
+    other = numa.Keeper()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(living._folder.name, other._folder.name),
+        *("precious", "pagemill-numa-unlocked", "pagemill-numa-link"),
+    }
+    for keeper in (living, other):
+        keeper.close()
+        keeper.close()
+        assert not keeper._folder.exists()
 
 
 def test_the_threads_own_policy_comes_back(node: int) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import cluster, evaluate, evaluate_all
+from pipeline.capacity import RAY_BYTES
 from pipeline.cpu_sets import spread
 from pipeline.errors import ClusterUnreachable, SettingsError
 from pipeline.placement import Need, Place, Plan, plan
@@ -60,6 +61,12 @@ def test_memory_leaves_fewer_and_says_so() -> None:
 @pytest.mark.parametrize(("load", "n"), [("mmap", 30), ("mlock", 20), ("copy", 2)])
 def test_weights_that_do_not_give_way_take_memory(load: str, n: int) -> None:
     need = Need(1, GB, (MODEL, ModelFile("/small.gguf", GB)), load)
+    assert counts(plan([host(cores=99, left=30 * GB)], need)) == {"a": n}
+
+
+@pytest.mark.parametrize(("load", "n"), [("mmap", 30), ("mlock", 19), ("copy", 2)])
+def test_models_that_are_open_at_once_count_together(load: str, n: int) -> None:
+    need = Need(1, GB, (MODEL, ModelFile("/small.gguf", GB)), load, at_once=True)
     assert counts(plan([host(cores=99, left=30 * GB)], need)) == {"a": n}
 
 
@@ -230,6 +237,34 @@ def test_a_node_without_the_model_is_left_out_and_refused_when_it_is_alone(node:
     assert "no worker, " in made.lines()[0]
 
 
+def test_files_beside_the_models_have_to_be_there_too() -> None:
+    logits = ModelFile("/base.logits", 9, sha256="ef" * 32)
+    need = Need(1, GB, (MODEL,), files=(logits,))
+    another = ModelFile("/base.logits", 9, sha256="00" * 32)
+    with pytest.raises(ClusterUnreachable, match=r"/base\.logits is another file there: SHA-256 0000"):
+        plan([host(models=(MODEL, another))], need)
+    made = plan([host(models=(MODEL, logits))], need)
+    assert (counts(made), "of the model in the page cache" in made.lines()[0]) == ({"a": 4}, True)
+
+
+@pytest.mark.parametrize(
+    ("here", "n_bytes"),
+    [
+        ({"n_bytes": 10 * GB, "sha256": "ab" * 32}, 0),
+        ({"n_bytes": 10 * GB}, 0),
+        ({"n_bytes": 10 * GB, "sha256": "cd" * 32}, 10 * GB),
+        ({"n_bytes": 7}, 10 * GB),
+        ({"problem": "cut short"}, 10 * GB),
+        ({}, 10 * GB),
+    ],
+)
+def test_an_older_or_broken_copy_of_a_url_is_fetched_anew(here: dict[str, object], n_bytes: int) -> None:
+    url = "https://h/m.gguf"
+    need = Need(1, GB, (ModelFile(url, 10 * GB, sha256="ab" * 32),))
+    made = plan([host(models=(ModelFile(url, **here),))], need)  # type: ignore[arg-type]
+    assert (counts(made), made.told()[0]["fetch_bytes"]) == ({"a": 4}, n_bytes)
+
+
 def test_a_digest_that_is_not_known_is_no_reason() -> None:
     need = Need(1, GB, (MODEL,))
     assert counts(plan([elsewhere(n_bytes=10 * GB)], need)) == {"a": 4}
@@ -292,8 +327,8 @@ def test_a_plan_is_a_line_and_an_object_for_each_node() -> None:
     (line,) = made.lines()
     assert line == (
         "a (aaaaaaaa): 2 workers of 2 threads on CPUs 0-1; 2-3, 26.0 GB of 100.0 GB of memory, "
-        "4,000 of 12,000 MB of the model in the page cache, 2,000 MB to fetch, "
-        "2 copies of the model, one for each NUMA node"
+        "4,000 of 12,000 MB of 2 models in the page cache, 2,000 MB to fetch, "
+        "2 copies of 2 models, one for each NUMA node"
     )
     (told,) = json.loads(json.dumps(made.told()))
     assert {key: told[key] for key in ("node", "host", "n_workers", "cpus", "numa_nodes", "fetch_bytes")} == {
@@ -358,10 +393,10 @@ def test_a_dry_run_shows_where_workers_would_go(
 
 def test_a_dry_run_has_fewer_workers_where_memory_is_short(scored, eight_cores) -> None:
     worker = evaluate(scored(workers=1)).summary["nodes"][0]["memory_bytes"]
-    eight_cores(left=3 * worker + 1)
+    eight_cores(left=RAY_BYTES + 3 * worker + 1)
     s = evaluate(scored()).summary
     assert (s["n_workers"], "are left" in s["nodes"][0]["reason"]) == (3, True)
-    eight_cores(left=worker - 1)
+    eight_cores(left=RAY_BYTES + worker - 1)
     with pytest.raises(SettingsError, match="no node has the memory of one worker"):
         evaluate(scored())
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 from make_gguf import tiny_llama
 
 from pipeline import evaluate
-from pipeline.errors import ClusterUnreachable, SettingsError
+from pipeline.errors import ClusterUnreachable, SettingsError, StoreError
 from pipeline.numa import Keeper
 from pipeline.placement import Need, Place
 from pipeline.settings import (
@@ -32,6 +33,7 @@ from pipeline.settings import (
     TrackingSettings,
 )
 from pipeline.survey import Survey
+from pipeline.token_copies import CacheFile, lay
 from pipeline.topology import ModelFile, NodeInfo, usable_cores
 from tests.pipeline.sys_trees import GB, host
 
@@ -47,7 +49,11 @@ class TaskFailed(RayError):
 
 
 class FakeRay:
-    """Answers at once: what `says` has of a node, raised when it is an error; a node it lacks is silent."""
+    """Answers at once: what `says` has of a node, raised when it is an error; a node it lacks is silent.
+
+    `copies` are what keepers answer, `laid` what nodes answer that are sent something; `fetches` are waits
+    until models by URL are there.
+    """
 
     exceptions = SimpleNamespace(RayTaskError=TaskFailed, RayError=RayError)
     util = SimpleNamespace(
@@ -59,6 +65,13 @@ class FakeRay:
         self.asked: list[str] = []
         self.killed: list[str] = []
         self.timeouts: list[float] = []
+        self.laid: dict[str, Any] = {}
+        self.sent: list[tuple[str, list[str], list[Any]]] = []  # node, paths, what was put
+        self.n_puts, self.fetches = 0, 0
+
+    def put(self, value: Any) -> Any:
+        self.n_puts += 1
+        return ("put", self.n_puts, bytes(value))
 
     def remote(self, what: Any) -> Any:
         return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=self._starter(what, options)))
@@ -69,17 +82,27 @@ class FakeRay:
         if what is Keeper:
             return lambda: SimpleNamespace(
                 node=node,
+                fetch=SimpleNamespace(remote=lambda *given: ("fetch", node)),
                 copy=SimpleNamespace(remote=lambda *given: ("copy", node, *given)),
                 close=SimpleNamespace(remote=lambda: ("close", node)),
+            )
+        if what is lay:
+            return lambda files, *puts: (
+                self.sent.append((node, [file.path for file in files], [put[2] for put in puts]))
+                or ("lay", node)
             )
         self.asked.append(node)
         return lambda *given: ("look", node, *given)
 
     def _found(self, ref: Sequence[Any]) -> dict[str, Any]:
-        return {"look": self.says, "copy": self.copies, "close": {ref[1]: None}}[ref[0]]
+        if ref[0] == "fetch":
+            return {ref[1]: None} if self.fetches <= 0 else {}
+        known = {"look": self.says, "copy": self.copies, "lay": self.laid, "close": {ref[1]: None}}
+        return known[ref[0]]
 
     def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
         self.timeouts.append(timeout)
+        self.fetches -= any(ref[0] == "fetch" for ref in refs)
         ready = [ref for ref in refs if ref[1] in self._found(ref)]
         return ready[:num_returns], [ref for ref in refs if ref not in ready[:num_returns]]
 
@@ -218,6 +241,67 @@ def test_copies_that_fail_refuse_a_run_and_not_a_node_that_joins(caplog: pytest.
         places = survey.places_for(entries("a", "b"))
     assert {place.mirror for place in places if place.node_id == "b"} == {None}
     assert "b (b) has no copies of the model: not here" in caplog.text
+
+
+def test_models_by_url_are_fetched_however_long_that_takes_before_they_are_copied(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    need = replace(NEED, models=(ModelFile("https://h/m.gguf", GB), ModelFile("/n.gguf", GB)))
+    ray = FakeRay(there("a", n_nodes=2, cores=2), {"a": {0: "/c/0", 1: "/c/1"}})
+    ray.fetches = 3
+    survey = Survey(ray, need, numa="mirror")
+    survey.plan(entries("a"))
+    with caplog.at_level(logging.INFO):
+        survey.copy_models()
+    assert caplog.text.count("waiting for models: 1 nodes fetch them") == 2
+    assert on(survey.places_for(entries("a"))) == {"a": 4}
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> CacheFile:
+    (tmp_path / "k.tokens.npy").write_bytes(b"tokens")
+    return CacheFile(str(tmp_path / "k.tokens.npy"), 6, "ab" * 32)
+
+
+def test_a_node_that_lacks_tokens_is_sent_them_before_it_gets_workers(cached: CacheFile) -> None:
+    """Two at the start, one that joins; what they get is put into the object store once for both."""
+    ray = FakeRay({**there("a"), **there("b", "c", "d", lacking=(cached.path,))})
+    ray.laid = {"b": None, "c": None}
+    survey = Survey(ray, replace(NEED, cached=(cached,)))
+    made = survey.plan(entries("a", "b", "c"))
+    assert [node["sent_bytes"] for node in made.told()] == [0, 6, 6]
+    assert "0.0 MB of tokens to send" in made.lines()[1]
+    survey.send_cached()
+    assert (ray.sent, ray.n_puts) == ([(name, [cached.path], [b"tokens"]) for name in "bc"], 1)
+    assert on(survey.places_for(entries("a", "b", "c"))) == {"a": 4, "b": 4, "c": 4}
+    assert on(survey.places_for(entries("a", "b", "c", "d"))) == {"a": 4, "b": 4, "c": 4}
+    assert (ray.sent[2:], ray.n_puts) == ([("d", [cached.path], [b"tokens"])], 2)
+    ray.laid["d"] = None
+    assert on(survey.places_for(entries("a", "b", "c", "d"))) == {"a": 4, "b": 4, "c": 4, "d": 4}
+    survey.places_for(entries("a", "b", "c", "d"))
+    assert len(ray.sent) == 3, "once"
+    survey.close()
+
+
+def test_a_node_that_cannot_keep_tokens_gets_no_worker_and_is_refused_when_it_is_alone(
+    cached: CacheFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    need = replace(NEED, cached=(cached,))
+    read_only = TaskFailed(StoreError("/cache/tokens on b: cannot keep the token stream: Read-only"))
+    ray = FakeRay({**there("a"), **there("b", lacking=(cached.path,))})
+    ray.laid = {"b": read_only}
+    survey = Survey(ray, need, wanted=6)
+    survey.plan(entries("a", "b"))
+    with caplog.at_level(logging.WARNING):
+        survey.send_cached()
+    assert "on b: cannot keep the token stream: Read-only; no worker is started there" in caplog.text
+    for _ in range(2):
+        assert on(survey.places_for(entries("a", "b"))) == {"a": 3}
+    alone = Survey(ray, need)
+    alone.plan(entries("b"))
+    with pytest.raises(ClusterUnreachable, match=r"can take a worker: b \(b\): .*Read-only") as caught:
+        alone.send_cached()
+    assert (caught.value.exit_code, "every node can write" in caught.value.hint) == (2, True)
 
 
 def test_a_thousand_nodes_are_placed_in_less_than_it_takes_to_ask_one() -> None:
