@@ -29,6 +29,7 @@ JOBS = {
     "quantize": "a GGUF file in other types, byte for byte as llama-quantize makes it",
     "imatrix": "the importance matrix of a GGUF model on a text, for quantizing it",
     "compare": "variants of a GGUF model against their base: which quantization to ship",
+    "regression": "a suite of checks against its baseline: what got worse, and what is to blame",
 }
 
 HELP = """\
@@ -47,6 +48,7 @@ pagemill perplexity 'sweep={{model.path:[a.gguf,b.gguf],protocol.window:[512,204
 pagemill throughput model.path=FILE.gguf peer=[llama_cpp]
 pagemill quantize model.path=FILE.gguf quantize.type=Q4_K_M quantize.out=NEW.gguf
 pagemill results results.sort=ppl results.format=csv
+pagemill regression suite=smoke action=promote
 
 Paths are written as the shell gives them; spaces, commas and = need no quotes of Hydra's.
 The last line of standard output is one JSON object, below the text that `results` was asked for; everything

@@ -39,7 +39,7 @@ def from_interrupt() -> Failure:
         INTERRUPTED,
         "Interrupted",
         "interrupted before the end",
-        "run the same command again: finished shards are kept and not computed twice",
+        "run the same command again: what is finished is kept and not computed twice",
     )
 
 

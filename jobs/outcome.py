@@ -61,6 +61,7 @@ class Outcome:
         from omegaconf import OmegaConf
 
         from pipeline.errors import SettingsError
+        from pipeline.folders import tracking_folder
 
         _check_keys(cfg, schema)
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -72,7 +73,7 @@ class Outcome:
                 + ", or choose a group option that has them",
             )
         settings = OmegaConf.to_object(cfg)
-        self.results = Path(settings.paths.results).expanduser()  # type: ignore[union-attr]
+        self.results = tracking_folder(settings.paths).expanduser()  # type: ignore[union-attr]
         return cast(Settings, settings)
 
     def swept(self, cfg: DictConfig, schema: type) -> bool:
@@ -83,9 +84,11 @@ class Outcome:
         """
         from omegaconf import OmegaConf
 
+        from pipeline.settings import is_url
+
         _check_keys(cfg, schema)
         results = OmegaConf.select(cfg, "paths.results")
-        self.results = None if results is None else Path(results).expanduser()
+        self.results = None if results is None or is_url(results) else Path(results).expanduser()
         return bool(OmegaConf.select(cfg, "sweep"))
 
     def answer(self, text: str, summary: Mapping[str, Any]) -> None:

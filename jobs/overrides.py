@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PATH_ENDINGS = ("path", "dir", "out", "tokenizer", "imatrix")
-LITERAL_KEYS = ("tracking.uri", "results.where")
+LITERAL_KEYS = ("tracking.uri", "results.where", "baseline", "run")
 """Not paths, but texts from outside as well; `~` stays."""
 LISTS_OF_REGEXES = ("quantize.tensor_types",)
 """Of REGEX=TYPE each; a regular expression is all that Hydra's grammar has another meaning for."""
@@ -32,6 +32,7 @@ _FLAGS_WITH_VALUE = (
 )
 _WORD = re.compile(r"(\+{0,2}[^=~+]+)=(.*)", re.DOTALL)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_OF_CHECK = re.compile(r"\+{0,2}(suite\.checks\.[\w-]+)(?:\.(set|limits)\.([^=]+))?((?:\..+)?)")
 _RULE = re.compile(r"\s*(.+?=\s*\w+)\s*(?:,|\Z)", re.DOTALL)
 _SWEEP = re.compile(r"(?:choice|shuffle|sort)\(.*\)", re.DOTALL)
 
@@ -76,6 +77,8 @@ def _quote_word(word: str, sweeping: bool) -> str:
     if word.startswith("-") or match is None:
         return word
     key, value = match.groups()
+    if (of_check := _OF_CHECK.fullmatch(key)) is not None:
+        return _of_check(of_check, value)
     if key.lstrip("+") in LISTS_OF_REGEXES:
         return f"{key}={_quote_rules(value)}"
     if key in OPEN_KEYS and value.lstrip().startswith("{"):
@@ -96,6 +99,22 @@ def _quote_value(key: str, value: str) -> str:
         return value
     # os.path keeps what pathlib would tidy away: `./x`, a trailing slash.
     return literal(os.path.expanduser(value) if is_path_key(key) else value)  # noqa: PTH111
+
+
+def _of_check(match: re.Match[str], value: str) -> str:
+    """A key of a suite's check, whose settings and limits are mappings with dots and slashes in their keys.
+
+    suite.checks.A.set.model.path=B.gguf    ->    ++suite.checks.A.set={model.path:'B.gguf'}
+    """
+    check, of, key, rest = match.groups()
+    if of is None:
+        return f"++{check}{rest}={value}"
+    if of == "limits":
+        metric, _, kind = key.partition(".")
+        bound = literal(value) if value[:1] in ("<", ">") else value
+        return f"++{check}.limits={{{metric}:{f'{{{kind}:{bound}}}' if kind else bound}}}"
+    quoted = _quote_word(f"{key}={value}", sweeping=False).partition("=")[2]
+    return f"++{check}.set={{{key}:{quoted}}}"
 
 
 def _quote_rules(value: str) -> str:

@@ -37,6 +37,9 @@ def main() -> None:
     sys.argv = [before[0], *suites.with_file(before[1:])]
     try:
         _main()
+    except outcome.Stopped as stopped:
+        suites.name_file(stopped.error, before)
+        raise
     finally:
         sys.argv = before
 

@@ -83,11 +83,15 @@ def explain(schema: type, words: Sequence[str]) -> tuple[str, str] | None:
             )
         if name in known_groups:
             options = known_groups[name]
-            if value and value != "null" and "," not in value and "{" not in value and value not in options:
+            is_file = name == "suite" and value.endswith((".yaml", ".yml"))
+            several = "," in value or "{" in value
+            if value and value != "null" and not several and value not in options and not is_file:
                 return (
                     f"{name}={value}: there is no such choice",
                     f"did you mean {name}={nearest(value, options)}? (known: {', '.join(options)})",
                 )
+        elif name.startswith("suite.checks."):  # whose keys are a suite's own
+            continue
         elif name not in known_keys and not any(key.startswith(f"{name}.") for key in known_keys):
             return f"unknown key {name}", f"did you mean {nearest(name, [*known_keys, *known_groups])}?"
     return None

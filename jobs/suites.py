@@ -10,6 +10,7 @@ are told at once.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from jobs import schema
 from pipeline.bench.players import PEERS
 from pipeline.bench.settings import ThroughputSettings
 from pipeline.bench.work import cases
-from pipeline.errors import SettingsError
+from pipeline.errors import PipelineError, SettingsError
 from pipeline.regression import limits as bounds
 from pipeline.regression import suite as suites
 from pipeline.regression.settings import RegressionSettings
@@ -44,6 +45,13 @@ def with_file(words: Sequence[str]) -> list[str]:
         SettingsError: the file cannot be read, or is no mapping.
     """
     return [_with_file(word) for word in words]
+
+
+def name_file(error: Exception, words: Sequence[str]) -> None:
+    """Have an error's hint call the suite as the words did, where that was by its file."""
+    file = next((word for word in words if word.startswith("suite=") and word.endswith(FILE_ENDINGS)), None)
+    if file is not None and isinstance(error, PipelineError):
+        error.hint = re.sub(r"suite=[\w-]+", lambda _: shlex.quote(file), error.hint)
 
 
 def checks(settings: RegressionSettings) -> list[suites.Check]:

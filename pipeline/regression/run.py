@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import RunResult, store
 from pipeline.errors import IncompleteError, PipelineError, RefusedError, SettingsError
+from pipeline.folders import require_local
 from pipeline.perplexity import told
 from pipeline.regression import baselines, history, record, report
 from pipeline.regression.culprits import culprits
@@ -85,6 +86,7 @@ def run(
     clock = time.perf_counter()
     warnings = settings.validate()
     s = settings.resolved()
+    require_local(s.paths.results, "regression")
     found = _Found(warnings=[*warnings, *(remark for check in checks for remark in check.remarks)])
     if s.run is not None and s.action == "promote":
         summary = _promoted(s, s.run)
@@ -166,12 +168,14 @@ def _look(checks: Sequence[Check], results: Path, measurer: Measurer) -> list[Ah
             except RefusedError as error:
                 errors[check.name] = error
     if errors:
-        hints = list(dict.fromkeys(error.hint for error in errors.values() if error.hint))
+        hints = list(dict.fromkeys(error.hint for error in errors.values() if error.hint))[:2]
+        name = next(iter(errors))
+        hints.append(f"suite.checks.{name}.set.KEY=VALUE changes a check, ~suite.checks.{name} leaves it out")
         kinds = {error.kind for error in errors.values()}
         many = f"{len(errors)} of {len(checks)} checks cannot run:\n  " if len(errors) > 1 else ""
         raise SettingsError(
             many + "\n  ".join(f"{name}: {error}" for name, error in errors.items()),
-            "; ".join(hints[:2]),
+            "; ".join(hints),
             kind=kinds.pop() if len(kinds) == 1 else None,
         )
     return ahead

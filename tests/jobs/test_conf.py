@@ -9,8 +9,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 import conf
-from jobs import compare, perplexity, schema, usage
+from jobs import compare, perplexity, regression, schema, suites, usage
 from pipeline.compare.settings import CompareSettings
+from pipeline.regression.settings import RegressionSettings
 from pipeline.settings import PerplexitySettings
 
 ROOT = Path(conf.__path__[0])
@@ -29,6 +30,11 @@ def test_every_config_composes(group: str, option: str) -> None:
         words = ["base.path=m.gguf", "data.path=t.txt", "variants=[Q8_0]"]
         settings = OmegaConf.to_object(composed(f"{group}={option}", *words, job="compare"))
         assert isinstance(settings, CompareSettings)
+    elif group == "suite":
+        assert regression.SCHEMA is RegressionSettings
+        with initialize_config_module("conf", version_base="1.3"):
+            settings = OmegaConf.to_object(compose("regression", overrides=[f"suite={option}"]))
+            assert all(check.limits for check in suites.checks(settings))
     else:
         settings = OmegaConf.to_object(composed(f"{group}={option}", "model.path=m.gguf", "data.path=t.txt"))
         assert isinstance(settings, PerplexitySettings)
@@ -39,6 +45,7 @@ def test_every_config_composes(group: str, option: str) -> None:
 def test_the_default_choices_are_the_schemas_defaults() -> None:
     assert composed() == OmegaConf.structured(PerplexitySettings)
     assert composed(job="compare") == OmegaConf.structured(CompareSettings)
+    assert composed(job="regression") == OmegaConf.structured(RegressionSettings)
 
 
 @pytest.mark.parametrize("group", ["data", "cluster", "tracking", "protocol"])
@@ -72,11 +79,12 @@ def test_every_file_opens_with_the_command_that_uses_it(file: Path) -> None:
 
 
 def test_help_names_every_choice_and_every_key() -> None:
-    pages = {job: usage.text(job) for job in ("perplexity", "compare")}
+    pages = {job: usage.text(job) for job in ("perplexity", "compare", "regression")}
     for group, option in CHOICES:
         told = [job for job, page in pages.items() if f" {option} " in page]
         assert usage.job_of(ROOT / group / f"{option}.yaml") in told
-    for job, settings in (("perplexity", PerplexitySettings), ("compare", CompareSettings)):
+    schemas = {"perplexity": PerplexitySettings, "compare": CompareSettings, "regression": RegressionSettings}
+    for job, settings in schemas.items():
         for key in schema.keys(settings):
             assert f"  {key}=" in pages[job]
         assert max(map(len, pages[job].splitlines())) <= 110

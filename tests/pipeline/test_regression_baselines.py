@@ -16,7 +16,7 @@ from pipeline.regression import baselines, record
 from pipeline.regression.baselines import TAG, NoBaseline, find, promote
 from pipeline.run_index import LoggedRun, ServerDown
 from pipeline.settings import TrackingSettings
-from tests.pipeline.regressions import KEY, outcome, recorded
+from tests.pipeline.recorded_runs import KEY, outcome, recorded
 
 LOCAL, NONE = TrackingSettings(), TrackingSettings("none")
 

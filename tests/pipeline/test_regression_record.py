@@ -23,7 +23,7 @@ from pipeline.regression import record
 from pipeline.regression.outcome import Baseline, Measured, WindowSums
 from pipeline.results import ResultsSettings, Selection, results
 from pipeline.settings import PathsSettings
-from tests.pipeline.regressions import KEY, WHEN, measured, outcome, recorded, speed, windows
+from tests.pipeline.recorded_runs import KEY, WHEN, measured, outcome, recorded, speed, windows
 
 NAMES = st.text(max_size=9)
 FLOATS = st.floats(width=64)  # NaNs of any payload, both zeros, subnormal ones

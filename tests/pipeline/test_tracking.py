@@ -22,7 +22,7 @@ from pipeline.regression.baselines import TAG, NoBaseline, find, promote
 from pipeline.run_index import open_index
 from pipeline.settings import TrackingSettings
 from pipeline.tracking import DataInput, MlflowTracker, NoTracker, flattened, open_tracker
-from tests.pipeline.regressions import outcome, recorded
+from tests.pipeline.recorded_runs import outcome, recorded
 
 PARAMS = {"model": {"path": "m.gguf"}, "protocol": {"window": 512, "limit": None}}
 DATA = DataInput("wikitext2", "/data/wiki.test.raw", "a" * 64)
