@@ -46,8 +46,8 @@ model: $(MODEL)  ## SmolLM2-135M-Instruct Q4_1 (98 MB), checked by SHA-256
 demo: install model  ## perplexity of SmolLM2 over a text that needs no download
 	@$(BIN)/pagemill perplexity experiment=demo paths.results='$(RESULTS)'
 
-test: dev model  ## the tests, under five minutes once kernels are compiled
-	$(BIN)/python -m pytest -m 'not slow'
+test: dev model  ## the tests, in two processes
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-full: dev model  ## the tests and their long matrices
 	$(BIN)/python -m pytest --timeout=1800

@@ -144,6 +144,7 @@ def install(monkeypatch):
         "first_broken": lambda model, batch: "tensor 'w' holds nan at [1, 2]",
         "footprint": lambda file, *, batch_tokens, n_slots, **_: 1000 * batch_tokens + n_slots,
         "warm_up": lambda file, activations="f32": 0.0,
+        "fma_gflops": lambda threads=1, seconds=0.1: 100.0,  # measuring takes half a second of a dry run
         "load_model": lambda file, *, batch_tokens=4096, **_: FakeModel(batch_tokens),
     }
     for name, fake in fakes.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,33 +21,34 @@ import pytest
 from tests.engine.test_bits import AVX2
 from tests.make_gguf import expand_to_f32
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 N_WINDOWS = 12
 
 
-def command(model: Path, results: Path, *words: str) -> list[str]:
+def words(model: Path, results: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "jobs.perplexity", f"model.path={model}", "data=pydoc", "protocol.window=64",
+        "perplexity", f"model.path={model}", "data=pydoc", "protocol.window=64",
         f"protocol.limit={N_WINDOWS}", "cluster.windows_per_shard=1", "tracking=none",
-        f"paths.results={results}", *words,
+        f"paths.results={results}", *more,
     ]  # fmt: skip
 
 
-def outcome(run: subprocess.CompletedProcess[str]) -> dict:
-    return json.loads(run.stdout.splitlines()[-1])
+def command(*given: str) -> list[str]:
+    return [sys.executable, "-m", f"jobs.{given[0]}", *given[1:]]
 
 
-def perplexity(model: Path, results: Path, *words: str, environment: dict[str, str] | None = None) -> dict:
+def perplexity(model: Path, results: Path, *more: str, environment: dict[str, str] | None = None) -> dict:
+    """The JSON line of a process of its own."""
     run = subprocess.run(
-        command(model, results, *words),
+        command(*words(model, results, *more)),
         env=os.environ | (environment or {}),
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return outcome(run)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -79,31 +81,43 @@ def engine_workers(run: subprocess.Popen[str], model: Path) -> list[psutil.Proce
     return found
 
 
-@pytest.mark.parametrize(
-    ("words", "environment"),
-    [
-        (["cluster=inline", "engine.batch_tokens=4096", "cluster.windows_per_shard=12"], {}),
-        (["cluster=inline", "engine.threads=2", "cluster.windows_per_shard=8"], {}),
-        (["cluster=inline", "engine.batch_tokens=50"], {}),
-        pytest.param(["cluster=inline"], AVX2, marks=pytest.mark.slow),
-    ],
-    ids=["batch-4096", "threads-2", "window-over-many-batches", "avx2"],
-)
-def test_bits_do_not_depend_on_how_they_are_computed(smollm2, whole, tmp_path, words, environment):
-    if environment:
-        environment = environment | {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
-    seen = perplexity(smollm2, tmp_path / "results", *words, environment=environment)
+def assert_same(seen: dict, whole: dict) -> None:
     assert seen["nll_sha256"] == whole["nll_sha256"]
     assert seen["run_key"] == whole["run_key"]
     assert seen["ppl"] == whole["ppl"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["engine.batch_tokens=4096", "cluster.windows_per_shard=12"],
+        ["engine.threads=2", "cluster.windows_per_shard=8"],
+        ["engine.batch_tokens=50"],
+    ],
+    ids=["batch-4096", "threads-2", "window-over-many-batches"],
+)
+def test_bits_do_not_depend_on_how_they_are_computed(pagemill, smollm2, whole, tmp_path, more):
+    answer = pagemill(*words(smollm2, tmp_path / "results", "cluster=inline", *more))
+    assert answer.exit_code == 0, answer.stderr
+    assert_same(answer.line, whole)
+    assert answer.line["shards_reused"] == 0
+
+
+@pytest.mark.slow
+def test_bits_do_not_depend_on_the_width_of_vectors(smollm2, whole, tmp_path):
+    environment = AVX2 | {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    seen = perplexity(smollm2, tmp_path / "results", "cluster=inline", environment=environment)
+    assert_same(seen, whole)
     assert seen["shards_reused"] == 0
 
 
+@pytest.mark.ray
 def test_bits_of_two_workers_survive_the_kill_of_one(smollm2, whole, tmp_path):
-    words = command(smollm2, tmp_path, "cluster=local", "cluster.workers=2")
-    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    model = shutil.copy(smollm2, tmp_path / "m.gguf")  # which nothing else on this machine maps
+    given = command(*words(model, tmp_path, "cluster=local", "cluster.workers=2"))
+    run = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_first_shard(tmp_path, run)
-    engine_workers(run, smollm2)[0].kill()
+    engine_workers(run, model)[0].kill()
     at_the_kill = len(shards(tmp_path))
     stdout, stderr = run.communicate()
     assert 1 <= at_the_kill < N_WINDOWS, "the kill came too late to prove anything"
@@ -115,23 +129,31 @@ def test_bits_of_two_workers_survive_the_kill_of_one(smollm2, whole, tmp_path):
     assert seen["model_pss_sum_bytes"] == pytest.approx(seen["model_resident_bytes"], rel=0.02)
 
 
-def test_bits_survive_the_kill_of_the_driver_and_nothing_is_computed_twice(smollm2, whole, tmp_path):
-    words = command(smollm2, tmp_path, "cluster=local", "cluster.workers=2")
-    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+@pytest.mark.parametrize(
+    "cluster", ["inline", pytest.param("local", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+def test_bits_survive_the_kill_of_the_driver_and_nothing_is_computed_twice(
+    pagemill, smollm2, whole, tmp_path, cluster
+):
+    """That workers die with their driver is seen by default in tests/pipeline/test_carry_mamba.py."""
+    given = command(*words(smollm2, tmp_path, f"cluster={cluster}", "cluster.workers=2"))
+    run = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
     wait_for_first_shard(tmp_path, run)
-    workers = engine_workers(run, smollm2)
+    workers = engine_workers(run, smollm2)  # none inline
     run.send_signal(signal.SIGKILL)
     run.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, "workers outlived their driver by half a minute"
     before = {path: path.stat().st_ino for path in shards(tmp_path)}
     assert 1 <= len(before) < N_WINDOWS, "the kill came too late to prove anything"
-    seen = perplexity(smollm2, tmp_path, "cluster=inline")
-    assert seen["nll_sha256"] == whole["nll_sha256"]
-    assert seen["shards_reused"] == len(before)
+    answer = pagemill(*words(smollm2, tmp_path, "cluster=inline"))
+    assert answer.exit_code == 0, answer.stderr
+    assert answer.line["nll_sha256"] == whole["nll_sha256"]
+    assert answer.line["shards_reused"] == len(before)
     assert {path: path.stat().st_ino for path in before} == before
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_workers_own_memory_does_not_grow_with_the_file(smollm2, tmp_path):
     """98 MB of Q4_1 against the same weights as 540 MB of F32: same bits, same anonymous memory."""

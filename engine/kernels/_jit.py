@@ -9,6 +9,7 @@ Where it is kept: `engine.kernel_cache`.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,18 @@ class _CacheImpl(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
+    """Numba's, with one process at a time writing.
+
+    A name for new code is the first that a kernel's index lacks; of two processes that compile two signatures
+    at once, the one would take the other's name and later load its code.
+    """
+
     _impl_class = _CacheImpl
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with (Path(self.cache_path) / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            super().save_overload(sig, data)
 
 
 def kernel(function: Callable[..., Any]) -> Any:

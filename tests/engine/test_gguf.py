@@ -152,6 +152,7 @@ def test_real_file_equals_the_gguf_package(smollm2: Path) -> None:
     assert_equals_gguf_package(smollm2)
 
 
+@pytest.mark.alone
 def test_real_file_opens_in_under_20_ms(smollm2: Path) -> None:
     import numba  # noqa: F401  (loads the kernel's path, as in a worker)
 

@@ -17,9 +17,12 @@ from jobs.bench_products import Product, Product8, limits, random_tensor, second
 
 TRIES = 5
 
-pytestmark = pytest.mark.skipif(
-    not {"avx2", "fma"} <= cpu_features(), reason="no AVX2 and FMA: kernels are correct, not quick"
-)
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(
+        not {"avx2", "fma"} <= cpu_features(), reason="no AVX2 and FMA: kernels are correct, not quick"
+    ),
+]
 
 
 def best_of_tries(measure: Callable[[], float], enough: float) -> float:

@@ -59,7 +59,7 @@ def test_random_rows_are_those_of_the_decoder_and_of_gguf(name: str, n_units: in
     assert_packs_as_decoded(name, random_blocks(name, blocks, np.random.default_rng(n_units)).copy(), columns)
 
 
-@pytest.mark.parametrize("name", HALVES_AT.keys() & set(NAMES))
+@pytest.mark.parametrize("name", sorted(HALVES_AT.keys() & set(NAMES)))
 def test_edge_scales_are_those_of_the_decoder(name: str) -> None:
     """Zeros, subnormal numbers, largest, infinities and NaN, each with its neighbours as a minimum."""
     columns = columns_of(name, 14)

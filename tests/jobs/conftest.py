@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import cli
 from pipeline import RunResult
 from pipeline.settings import PerplexitySettings
 
@@ -68,36 +63,5 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command left behind."""
-
-    exit_code: int
-    line: dict[str, Any]
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def pagemill(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Answer]:
-    """Run a command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> Answer:
-        capfd.readouterr()
-        exit_code = cli.execute(words[0], words[1:])
-        out, err = capfd.readouterr()
-        return Answer(exit_code, json.loads(out.splitlines()[-1]), out, err)
-
-    return run
+def _logging_as_it_was(logging_as_it_was: None) -> None:
+    """After every test of a command line."""

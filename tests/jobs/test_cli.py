@@ -203,6 +203,7 @@ def test_the_module_and_the_console_script_answer_alike() -> None:
         assert "protocol.window" in json.loads(done.stdout)["error"]["hint"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("words", [["--help"], ["perplexity", "--help"]])
 def test_help_answers_at_once(words: list[str]) -> None:
     # Under a second is the promise; three times that here, since CI's two cores may be busy.

@@ -134,16 +134,15 @@ def test_the_committed_file_is_the_one_that_its_readme_tells_of(shared_data, tmp
     assert made["sha256"] == digest
 
 
-def command(results, *words):
-    return [sys.executable, "-m", "jobs.perplexity", "tracking=none", f"paths.results={results}", *words]
+def words(results, *more):
+    return ["tracking=none", f"paths.results={results}", *more]
 
 
-def test_the_demo_carries_its_state_from_shard_to_shard(tmp_path):
-    done = subprocess.run(
-        command(tmp_path, "experiment=demo_mamba"), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    s = json.loads(done.stdout.splitlines()[-1])
+def test_the_demo_carries_its_state_from_shard_to_shard(pagemill, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    answer = pagemill("perplexity", *words(tmp_path, "experiment=demo_mamba"))
+    assert answer.exit_code == 0, answer.stderr
+    s = answer.line
     assert (s["n_windows"], s["n_scored"], s["n_shards"]) == (40, 20_479, 5)
     assert s["half_n_scored"] == 40 * 255
     assert 50 < s["ppl"] < 5000
@@ -157,15 +156,15 @@ def test_a_worker_and_a_driver_killed_in_a_document_change_no_bit(tmp_path, run,
     texts = documents(10_000, 10_000, 300)
     data = tmp_path / "long.jsonl"
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    words = [
+    given = [
         f"model.path={MAMBA}", "data=jsonl", f"data.path={data}", "protocol=carry", "protocol.window=128",
-        "cluster.windows_per_shard=1",
+        "cluster.windows_per_shard=1", "cluster=local", "cluster.workers=2",
     ]  # fmt: skip
     there = DataSettings(path=str(data), format="jsonl")
     whole = run("whole", 1000, data=there)
     results = tmp_path / "killed"
     going = subprocess.Popen(
-        command(results, *words, "cluster=local", "cluster.workers=2"),
+        [sys.executable, "-m", "jobs.perplexity", *words(results, *given)],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for(results, 3, going)

@@ -29,7 +29,12 @@ def settings(**groups):
         ({"limits": {"kld_mean": "about 1"}}, "limits.kld_mean=about 1 is no limit"),
         ({"limits": {"kld_mean": True}}, "limits.kld_mean=True is no limit"),
         ({"stop": StopSettings("decide")}, "stop.name=decide is not known; did you mean decided?"),
-        ({"cluster": ClusterSettings(numa="mirror")}, "cluster.numa=mirror is of `perplexity` alone"),
+        ({"cluster": ClusterSettings(numa="mirrors")}, "cluster.numa=mirrors is not known; did you mean"),
+        ({"cluster": ClusterSettings(workers=0)}, "cluster.workers=0 is too small"),
+        (
+            {"cluster": ClusterSettings(numa="mirror"), "engine": EngineSettings(load="copy")},
+            "cluster.numa=mirror and engine.load=copy",
+        ),
         ({"stop": StopSettings("decided", 1.5)}, "stop.alpha=1.5 is no error rate"),
         ({"data": DataSettings(path="t.jsonl", format="jsonl", weight="w")}, "data.weight=w"),
         ({"base": ModelSettings()}, "base.path is not set"),

@@ -1,6 +1,5 @@
 """Figures of comparisons: against the float64 oracle, llama.cpp's block, and formulas written out again."""
 
-import itertools
 import math
 import re
 
@@ -12,12 +11,11 @@ from reference.perplexity import cluster_robust
 
 from pipeline.compare import bootstrap, statistics, student
 from pipeline.compare.kld_block import kld_block
-from pipeline.compare.ladder import Rung, holm, neighbours, paired_test, smallest_difference
-from pipeline.compare.sketch import Sketch, merged, quantiles, sketch
+from pipeline.compare.ladder import smallest_difference
+from pipeline.compare.sketch import merged, sketch
 from pipeline.compare.statistics import Targets, figures, figures_of_sums, window_sums
 
 VARIANTS = {"Q8_0": "kld-q8_0-f32.txt", "Q4_K_M": "kld-q4_k_m-f32.txt"}
-FINITE = st.floats(-1e30, 1e30, allow_subnormal=False)
 
 
 @pytest.fixture(scope="module")
@@ -275,9 +273,6 @@ def test_sums_that_are_none_are_refused():
         figures_of_sums(columns, sketches)
 
 
-# Bootstrap
-
-
 def test_resamples_draw_every_window_alike_and_always_the_same():
     counts = bootstrap._counts(8)
     assert counts.shape == (8, bootstrap.RESAMPLES)
@@ -316,204 +311,3 @@ def test_coverage_of_errors_on_text_that_is_correlated_within_windows():
     assert coverage["independent"] < 0.75, "the reason for the others"
     assert 0.92 < coverage["clustered"] < 0.98
     assert 0.92 < coverage["bootstrap"] < 0.98
-
-
-# Student's t, paired tests, the ladder
-
-
-@pytest.mark.parametrize(
-    ("df", "t", "p"),
-    [
-        # Closed forms for 1, 2 and 3 degrees of freedom, far into the tail.
-        *((1, t, 2 / math.pi * math.atan(1 / t)) for t in (1e-3, 0.5, 3.0, 1e3, 1e9)),
-        *((2, t, 2 / (math.sqrt(2 + t * t) * (math.sqrt(2 + t * t) + t))) for t in (0.0, 0.5, 3.0, 1e3, 1e9)),
-        *(
-            (3, t, 1 - 2 / math.pi * (math.atan(t / 3**0.5) + t * 3**0.5 / (3 + t * t)))
-            for t in (0.1, 1.0, 3.0)
-        ),
-    ],
-)
-def test_students_tail(df, t, p):
-    assert student.two_sided_p(t, df) == pytest.approx(p, rel=1e-12)
-    assert student.two_sided_p(-t, df) == student.two_sided_p(t, df)
-
-
-@pytest.mark.parametrize(
-    ("df", "probability", "t"),
-    [
-        (1, 0.975, 12.70620474),
-        (7, 0.975, 2.36462425),
-        (7, 0.8, 0.89602964),
-        (39, 0.975, 2.02269092),
-        (39, 0.5, 0.0),
-        (120, 0.975, 1.97993041),
-    ],
-)
-def test_students_quantiles_are_those_of_the_tables(df, probability, t):
-    assert student.quantile(probability, df) == pytest.approx(t, abs=1e-8)
-
-
-def test_students_tail_of_infinity_and_of_many_degrees_of_freedom():
-    assert student.two_sided_p(math.inf, 7) == 0
-    assert student.two_sided_p(1.959963985, 1e7) == pytest.approx(0.05, rel=1e-6)
-
-
-@given(st.integers(1, 600), st.floats(0.5, 0.9999))
-def test_students_quantile_inverts_the_tail(df, probability):
-    assert student.two_sided_p(student.quantile(probability, df), df) == pytest.approx(
-        2 * (1 - probability), rel=1e-9, abs=1e-12
-    )
-
-
-def test_paired_test_is_the_t_test_of_window_means():
-    differences = np.random.default_rng(4).normal(0.5, 1.0, 12)
-    t = differences.mean() / (differences.std(ddof=1) / math.sqrt(12))
-    assert paired_test(differences * 255, np.full(12, 255)) == pytest.approx(
-        student.two_sided_p(t, 11), rel=1e-12
-    )
-
-
-def test_paired_test_is_wrong_as_often_as_it_says_and_agrees_with_sign_flips():
-    rng = np.random.default_rng(5)
-    p = np.array([paired_test(rng.normal(size=8), np.full(8, 255)) for _ in range(3000)])
-    assert np.mean(p < 0.05) == pytest.approx(0.05, abs=0.012)
-    flips = np.array(list(itertools.product((-1, 1), repeat=8)))
-    for shift in (0.3, 0.6, 1.0):
-        sample = rng.normal(shift, 1, 8)
-        exact = np.mean(np.abs(flips @ sample) >= abs(sample.sum()) - 1e-12)
-        assert paired_test(sample, np.full(8, 255)) == pytest.approx(exact, abs=0.03)
-
-
-def test_paired_test_without_anything_to_test():
-    assert paired_test(np.ones(1), np.ones(1, np.int64)) is None
-    assert paired_test(np.zeros(5), np.full(5, 9)) == 1
-    assert paired_test(np.full(5, 2.0), np.full(5, 4)) == 0, "no spread, and not zero"
-
-
-def test_the_smallest_difference_is_seen_in_four_of_five_samples():
-    rng = np.random.default_rng(6)
-    n, runs = 12, 4000
-    samples = rng.normal(smallest_difference(1 / math.sqrt(n), n), 1.0, (runs, n))
-    t = samples.mean(axis=1) / samples.std(axis=1, ddof=1) * math.sqrt(n)
-    assert np.mean(np.abs(t) > student.quantile(0.975, n - 1)) == pytest.approx(0.8, abs=0.03)
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.01, None, 0.6, 0.7]) == pytest.approx([0.03, None, 1.0, 1.0])
-    assert holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), max_size=12))
-def test_holm_keeps_the_order_and_lies_between_none_and_bonferroni(p_values):
-    adjusted = holm(p_values)
-    for p, q in zip(p_values, adjusted, strict=True):
-        assert p <= q <= min(1, len(p_values) * p)
-    ranks = sorted(zip(p_values, adjusted, strict=True))
-    assert [q for _, q in ranks] == sorted(adjusted)
-
-
-def ladder(n_windows=20):
-    rng = np.random.default_rng(7)
-    base = rng.normal(800, 100, n_windows)
-    rungs = [("Q4_K_M", 105, 10.0), ("Q8_0", 145, 0.3), ("Q2_K", 88, 90.0), ("Q6_K", 138, 0.35)]
-    return [
-        Rung(
-            name,
-            size,
-            np.arange(n_windows),
-            base + shift + rng.normal(0, 3, n_windows),
-            np.full(n_windows, 255),
-        )
-        for name, size, shift in rungs
-    ]
-
-
-def test_neighbours_are_by_size_and_corrected_together():
-    rungs = ladder()
-    q4, q8, q2, q6 = rungs
-    raw = [paired_test(a.nll_sum - b.nll_sum, a.n_scored) for a, b in ((q4, q2), (q8, q6), (q6, q4))]
-    adjusted = holm(raw)
-    assert neighbours(rungs) == [adjusted[0], adjusted[1], None, adjusted[2]]
-    assert neighbours(rungs)[0] < 0.01
-    assert neighbours(rungs)[1] > 0.05
-    assert neighbours(rungs[::-1]) == neighbours(rungs)[::-1]
-    assert neighbours(rungs[:1]) == [None]
-    assert neighbours([]) == []
-
-
-def test_neighbours_are_compared_on_the_windows_that_both_have():
-    rungs = ladder()
-    early = Rung("Q6_K", 138, np.arange(12), rungs[3].nll_sum[:12], rungs[3].n_scored[:12])
-    found = neighbours([rungs[1], early])
-    assert found == [paired_test((rungs[1].nll_sum - rungs[3].nll_sum)[:12], np.full(12, 255)), None]
-    apart = Rung("Q6_K", 138, np.arange(20, 40), rungs[3].nll_sum, rungs[3].n_scored)
-    assert neighbours([rungs[1], apart]) == [None, None]
-
-
-def test_neighbours_of_a_run_that_watched_its_scores_have_p_values_that_allow_it():
-    rungs = ladder(40)
-    plain, anytime = neighbours(rungs), neighbours(rungs, anytime=True)
-    assert all(a >= p for a, p in zip(anytime, plain, strict=True) if p is not None)
-    assert anytime[0] < 0.01
-
-
-# Sketches
-
-
-def spread(values):
-    """Values of a list and of a logarithmic range of either sign."""
-    return np.concatenate([np.asarray(values, np.float64), np.array([0.0, -0.0, 1e-9, -1e-9, 3.5])])
-
-
-@settings(max_examples=40)
-@given(st.lists(st.lists(FINITE, max_size=30), min_size=1, max_size=5), st.randoms(use_true_random=False))
-def test_sketches_merge_in_any_order_to_the_same_counts(lists, random):
-    whole = sketch([x for part in lists for x in part])
-    parts = [sketch(part) for part in lists]
-    random.shuffle(parts)
-    while len(parts) > 1:
-        one, other = parts.pop(), parts.pop(random.randrange(len(parts)))
-        parts.append(merged([(one.keys, one.counts), (other.keys.tolist(), other.counts.tolist())]))
-    assert parts[0].keys.tolist() == whole.keys.tolist()
-    assert parts[0].counts.tolist() == whole.counts.tolist()
-    assert whole.n == sum(map(len, lists))
-
-
-@settings(max_examples=50)
-@given(st.lists(FINITE, max_size=60), st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_quantiles_are_within_a_bin_of_the_exact_ones(values, fractions):
-    values = np.sort(spread(values))
-    found = quantiles(sketch(values), fractions)
-    for fraction, ours in zip(fractions, found, strict=True):
-        place = fraction * (values.size - 1)
-        ends = values[[math.floor(place), math.ceil(place)]]
-        bin_ = max(1.001 * 2**-7 * np.abs(ends).max(), 2**-126)
-        assert ours == pytest.approx(np.interp(place, np.arange(values.size), values), abs=bin_)
-
-
-def test_quantiles_of_many_values_are_far_better_than_a_bin():
-    values = np.random.default_rng(8).gamma(0.5, 0.1, 50_000)
-    fractions = list(statistics.KLD_PERCENTILES.values())
-    assert quantiles(sketch(values), fractions) == pytest.approx(np.quantile(values, fractions), rel=4e-3)
-
-
-def test_a_sketch_is_the_first_sixteen_bits():
-    found = sketch([1.0, 1.0078124, 1.0078125, -2.0, -0.0, 0.0, 1e-45])
-    assert dict(zip(found.keys.tolist(), found.counts.tolist(), strict=True)) == {
-        0x3F80: 2,
-        0x3F81: 1,
-        0xC000: 1,
-        0: 3,
-    }
-    assert quantiles(found, [0.0, 0.25]) == pytest.approx([-2.0078125, 0.0])
-    assert quantiles(sketch(np.full(5, 3.4e38)), [1.0]) == pytest.approx([3.4e38], rel=2**-7)
-
-
-def test_sketches_refuse_what_has_no_bin_or_no_value():
-    for value in (np.inf, -np.inf, np.nan, 1e39):
-        with pytest.raises(ValueError, match="finite values within float32"):
-            sketch([1.0, value])
-    assert merged([]).n == 0
-    with pytest.raises(ValueError, match="empty"):
-        quantiles(Sketch(np.empty(0, np.int32), np.empty(0, np.int64)), [0.5])

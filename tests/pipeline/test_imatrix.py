@@ -22,7 +22,16 @@ from reference.llama import ReferenceLlama
 from reference.mamba import ReferenceMamba
 
 import engine
-from pipeline.errors import DataError, ScoreError, SettingsError, StorageFailure, StoreError
+from pipeline import cluster, evaluate, perplexity
+from pipeline.capacity import RAY_BYTES
+from pipeline.errors import (
+    ClusterUnreachable,
+    DataError,
+    ScoreError,
+    SettingsError,
+    StorageFailure,
+    StoreError,
+)
 from pipeline.imatrix import collect
 from pipeline.imatrix.settings import ImatrixChoices, ImatrixSettings
 from pipeline.imatrix.sums import merged
@@ -37,6 +46,7 @@ from pipeline.settings import (
     TrackingSettings,
 )
 from pipeline.tracking import NoTracker
+from tests.pipeline.sys_trees import host
 
 ROOT = Path(__file__).parents[2]
 TEXT = "The quick brown fox jumps over the lazy dog, and — as ever — nobody asks why. " * 5
@@ -311,6 +321,37 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(make, tmp_path):
     assert (s["n_windows"], s["n_tokens"]) == (10, 10 * WINDOW)
     assert not Path(s["out"]).exists()
     assert list((tmp_path / "results").iterdir()) == []
+    (node,) = s["nodes"]
+    assert (s["n_workers"], node["n_workers"], s["fetch_bytes"]) == (1, 1, 0)
+    assert s["estimated_s"] > 0
+    assert "no earlier run of this model here" in s["estimated_from"][0]
+    url = ModelSettings(f"file://{tmp_path}/llama.gguf")
+    s = collect(make(model=url, dry_run=True)).summary
+    assert (s["job"], s["fetch_bytes"]) == ("imatrix", (tmp_path / "llama.gguf").stat().st_size)
+
+
+def test_the_memory_of_workers_and_their_sums_decides_how_many_there_are(make, monkeypatch):
+    def machine(left):
+        monkeypatch.setattr(cluster, "look", lambda: host(cores=8, node_id="", left=left))
+
+    monkeypatch.setattr(perplexity, "usable_cores", lambda: 8)
+    local = ClusterSettings("local", windows_per_shard=1)
+    machine(10**12)
+    [node] = collect(make(dry_run=True, cluster=local)).summary["nodes"]
+    worker = node["memory_bytes"] // 8
+    [scoring] = evaluate(make(dry_run=True, cluster=local).reading).summary["nodes"]
+    with engine.open(make().model.path) as file:
+        sums = engine.sum_inputs(engine.load_model(file))
+        assert worker - scoring["memory_bytes"] // 8 >= sums.nbytes
+        del sums
+    machine(RAY_BYTES + 2 * worker)
+    assert collect(make(dry_run=True, cluster=local)).summary["n_workers"] == 2
+    machine(RAY_BYTES + worker - 1)
+    with pytest.raises(SettingsError, match="no node has the memory of one worker"):
+        collect(make(cluster=local))
+    monkeypatch.setattr(cluster, "look", lambda: host(slots=0, node_id=""))
+    with pytest.raises(ClusterUnreachable, match="Ray has 0 CPUs there"):
+        collect(make(cluster=local))
 
 
 def test_a_run_is_logged_with_its_file(make, tmp_path, monkeypatch):
@@ -363,7 +404,8 @@ def test_places_that_cannot_be_used_are_refused(make, tmp_path):
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ({"cluster": ClusterSettings(numa="mirror")}, "cluster.numa=mirror is of `perplexity` alone"),
+        ({"cluster": ClusterSettings(numa="mirrors")}, "cluster.numa=mirrors is not known; did you mean"),
+        ({"cluster": ClusterSettings(workers=0)}, "cluster.workers=0 is too small"),
         ({"protocol": ProtocolSettings("carry", 32)}, "protocol.name=carry is not of this job"),
         ({"protocol": ProtocolSettings("strided", 32)}, "expected windows"),
         ({"imatrix": ImatrixChoices()}, "imatrix.out is not set"),

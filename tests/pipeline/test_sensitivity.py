@@ -423,7 +423,7 @@ def test_the_page_shows_them(monkeypatch):
     charts = pytest.importorskip("pipeline.compare.report.charts")
     from pipeline.compare.report import page, sections
 
-    monkeypatch.setattr(page, "_library", lambda: "")
+    monkeypatch.setattr("pipeline.report.page._library", lambda: "")
     summary = told_summary()
     content = sections.gather(summary, Pairs("base", []), None)
     html = sections.sensitivity(content)

@@ -5,7 +5,6 @@ import hashlib
 import math
 import shutil
 import struct
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,39 +27,7 @@ from tests.pipeline.foreign_logits import (
     Foreign,
     logits_of,
     patched,
-    settings_in,
-    write_models,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_page(monkeypatch):
-    monkeypatch.setattr(
-        "pipeline.compare.report.write", lambda summary, pairs, folder, tokenizer: folder / "x.html"
-    )
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """The models, and the base's file as we write it."""
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
-    compare(settings_in(folder)(out="b.logits"))
-    return folder
-
-
-@pytest.fixture
-def make(tmp_path, models):
-    """Settings of comparisons of copies of them."""
-    for path in [*models.glob("*.gguf"), *models.glob("*.txt")]:
-        shutil.copy(path, tmp_path)
-    return settings_in(tmp_path)
-
-
-@pytest.fixture
-def written(models, make, tmp_path):
-    """The base's file beside them."""
-    return Path(shutil.copy(models / "b.logits", tmp_path))
 
 
 @pytest.mark.parametrize("n_vocab", [1, 2, 7, 300, 9001])

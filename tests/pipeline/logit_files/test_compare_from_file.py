@@ -1,7 +1,6 @@
 """Variants against a base of which there is only a file of 16-bit logits."""
 
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,39 +28,7 @@ from tests.pipeline.foreign_logits import (
     libllama_logits,
     logits_of,
     rows_of,
-    settings_in,
-    write_models,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_page(monkeypatch):
-    monkeypatch.setattr(
-        "pipeline.compare.report.write", lambda summary, pairs, folder, tokenizer: folder / "x.html"
-    )
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """The models, and the base's file as we write it."""
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
-    compare(settings_in(folder)(out="b.logits"))
-    return folder
-
-
-@pytest.fixture
-def make(tmp_path, models):
-    """Settings of comparisons of copies of them."""
-    for path in [*models.glob("*.gguf"), *models.glob("*.txt")]:
-        shutil.copy(path, tmp_path)
-    return settings_in(tmp_path)
-
-
-@pytest.fixture
-def written(models, make, tmp_path):
-    """The base's file beside them."""
-    return Path(shutil.copy(models / "b.logits", tmp_path))
 
 
 def expected_figures(rows, variant, targets, clip=16):
