@@ -94,6 +94,7 @@ mlflow: install  ## the runs in a browser, on 127.0.0.1 only
 		--backend-store-uri 'sqlite:///$(abspath $(RESULTS))/mlflow.db'
 
 ci: demo check test notebooks  ## what CI runs; the demo first, while only the core is installed
+	@$(MAKE) --no-print-directory soak SOAK_SECONDS=90
 
 clean:  ## remove caches and build leftovers; results, models and .venv stay
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
