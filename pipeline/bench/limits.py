@@ -40,6 +40,10 @@ class Limits:
             self.gflops.append(engine.fma_gflops(self.threads, seconds=0.02))
             self.gb_per_s.append(engine.read_gb_per_s(self.threads))
 
+    def of_round(self) -> tuple[float, float]:
+        """GFLOP/s and GB/s of the round between the last two measurements: their means."""
+        return statistics.fmean(self.gflops[-2:]), statistics.fmean(self.gb_per_s[-2:])
+
     def since(self, n: int) -> tuple[float, float]:
         """Medians of GFLOP/s and GB/s, without the first `n` measurements."""
         return statistics.median(self.gflops[n:]), statistics.median(self.gb_per_s[n:])

@@ -33,7 +33,8 @@ class Timed:
         tried: settings and what they came to, tokens/s.
         info, memory: what the player says of itself, and the kernel of its process at the end.
         speeds: tokens/s of each round.
-        gflops, gb_per_s: the machine's limits beside them.
+        limits: GFLOP/s and GB/s of the machine at each round's two ends, their means.
+        gflops, gb_per_s: the same over all rounds, medians.
     """
 
     engine: str
@@ -43,6 +44,7 @@ class Timed:
     info: Mapping[str, Any]
     memory: Mapping[str, Any] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
+    limits: list[tuple[float, float]] = field(default_factory=list)
     gflops: float = 0.0
     gb_per_s: float = 0.0
 
@@ -85,6 +87,8 @@ class Contest:
                         self._fail(engine, case, error)
                         del playing[engine]
                 self.limits.take()
+                for _, timed in playing.values():
+                    timed.limits.append(self.limits.of_round())
             gflops, gb_per_s = self.limits.since(begun)
             for player, timed in playing.values():
                 timed.memory, timed.gflops, timed.gb_per_s = player.memory(), gflops, gb_per_s

@@ -16,6 +16,7 @@ def row(model: Entrant, timed: Timed, s: ThroughputSettings) -> dict[str, Any]:
     """What is told of an engine in a test; `tok_per_s` is the median of the rounds."""
     case, info, known = timed.case, timed.info, spread(timed.speeds)
     flop = model.work.flop(case) / case.n_tokens
+    gflops, gb_per_s = zip(*timed.limits, strict=True)
     batch_tokens = int(info.get("ubatch") or info.get("batch") or s.engine.batch_tokens)
     read = model.work.read_bytes(case, batch_tokens) / case.n_tokens
     return {
@@ -37,9 +38,11 @@ def row(model: Entrant, timed: Timed, s: ThroughputSettings) -> dict[str, Any]:
         "samples": list(timed.speeds),
         "flop_per_token": flop,
         "fma_gflops": timed.gflops,
+        "fma_gflops_samples": list(gflops),
         "fma_share": known["median"] * flop / (timed.gflops * 1e9),
         "read_bytes_per_token": read,
         "read_gb_per_s": timed.gb_per_s,
+        "read_gb_per_s_samples": list(gb_per_s),
         "read_share": known["median"] * read / (timed.gb_per_s * 1e9),
         "kv_type": info.get("kv"),
         "activation_type": info.get("activations"),

@@ -302,16 +302,22 @@ def _of_test(
         for row in rows
         if row["model_sha256"] == model.sha256 and all(row[name] == told[name] for name in told)
     }
-    own = of_test[OURS]
+    samples = by_round(of_test.pop(OURS), of_test)
+    return {name: float(np.median(values)) for name, values in samples.items()}, samples
+
+
+def by_round(own: Mapping[str, Any], peers: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """A test's figures in each round, against what the machine and the peers did in the same round.
+
+    Args:
+        own, peers: rows of `table=throughput`.
+    """
     speeds = np.array(own["samples"])
-    samples = {"tok_per_s": speeds}
-    samples |= {
-        share: speeds * (own[share] / own["tok_per_s"]) for share in ("fma_share", "read_share")
-    }  # against the ceiling between the rounds, one for all
-    samples |= {
-        f"ratio/{name}": speeds / np.array(row["samples"]) for name, row in of_test.items() if name != OURS
+    gflops, gb_per_s = (np.array(own[f"{name}_samples"]) for name in ("fma_gflops", "read_gb_per_s"))
+    found = {
+        "tok_per_s": speeds,
+        "fma_share": speeds * own["flop_per_token"] / (gflops * 1e9),
+        "read_share": speeds * own["read_bytes_per_token"] / (gb_per_s * 1e9),
     }
-    return (
-        {name: float(np.median(values)) for name, values in samples.items()},
-        {name: values.tolist() for name, values in samples.items()},
-    )
+    found |= {f"ratio/{name}": speeds / np.array(row["samples"]) for name, row in peers.items()}
+    return {name: values.tolist() for name, values in found.items()}

@@ -18,7 +18,7 @@ from pipeline.metrics import nll_sha256
 from pipeline.regression import invocation, run
 from pipeline.regression.baselines import NoBaseline
 from pipeline.regression.limits import limits_of
-from pipeline.regression.measure import Ahead, chosen
+from pipeline.regression.measure import Ahead, by_round, chosen
 from pipeline.regression.outcome import Measured, Outcome, WindowSums
 from pipeline.regression.settings import RegressionSettings, SuiteSettings
 from pipeline.regression.suite import Check
@@ -356,6 +356,25 @@ def test_traced_windows_are_the_first_and_others_spread_over_the_rest() -> None:
     assert chosen(range(9), 3) == [0, 4, 8]
     assert chosen([0, 7], 5) == [0, 7]
     assert chosen([], 2) == chosen(range(4), 0) == []
+
+
+def test_a_speed_is_a_share_of_what_the_machine_did_in_the_same_round() -> None:
+    own = {
+        "samples": [100.0, 50.0], "flop_per_token": 2e9, "read_bytes_per_token": 1e8,
+        "fma_gflops_samples": [400.0, 200.0], "read_gb_per_s_samples": [20.0, 10.0],
+    }  # fmt: skip
+    rounds = by_round(own, {"llama_cpp": {"samples": [80.0, 40.0]}})
+    assert rounds == {
+        "tok_per_s": [100.0, 50.0],
+        "fma_share": [0.5, 0.5],
+        "read_share": [0.5, 0.5],
+        "ratio/llama_cpp": [1.25, 1.25],
+    }
+
+
+def test_an_object_store_is_refused(go) -> None:
+    with pytest.raises(SettingsError, match=r"paths\.results=s3://bucket/x: `regression` needs a folder"):
+        go(Fake(), paths=PathsSettings("s3://bucket/x", "cache"))
 
 
 def test_results_that_cannot_be_written_are_refused(go, tmp_path) -> None:

@@ -120,6 +120,7 @@ def test_a_run_has_every_key_and_a_row_for_each_engine_and_test(make):
     assert (row["tok_per_s"], row["n"], row["type"]) == (pytest.approx(102.5), 4, "Q8_0")
     assert (row["p10"], row["p90"]) == (pytest.approx(101.3), pytest.approx(103.7))
     assert row["fma_share"] == pytest.approx(102.5 * row["flop_per_token"] / 1e12)
+    assert (row["fma_gflops_samples"], row["read_gb_per_s_samples"]) == ([1000.0] * 4, [10.0] * 4)
     assert [ratio["peer"] for ratio in s["ratios"][:2]] == ["llama_cpp", "ik_llama_cpp"]
     assert s["ratios"][0]["ratio"] == pytest.approx(102.5 / 52.5)
     assert s["ratios"][0]["ratio_of_rounds"] == pytest.approx((102 / 52 + 103 / 53) / 2)
