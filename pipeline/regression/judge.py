@@ -248,8 +248,8 @@ def _other_windows(then: Measured, now: Measured) -> list[str]:
     if a is None or b is None:
         return []
     if not np.array_equal(a.window, b.window):
-        lost = np.setdiff1d(a.window, b.window).tolist()
-        named = f": {_windows(lost)} missing" if lost else ""
+        lost, more = np.setdiff1d(a.window, b.window).tolist(), np.setdiff1d(b.window, a.window).tolist()
+        named = f": {_windows(lost)} missing" if lost else f": {_windows(more)} new" if more else ""
         return [f"n_windows {a.window.size} in the baseline, {b.window.size} now{named}"]
     for name in ("n_scored", "first_token", "document"):
         mine, other = getattr(b, name), getattr(a, name)

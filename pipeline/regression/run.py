@@ -2,6 +2,7 @@
 
     look        every check's own refusals, all at once; the baseline; whether it was asked the same
     measure     the checks, one after the other, each anew (invocation.py goes on with what died)
+    confirm     a speed that breaks a limit is measured once more, and that time counts
     judge       limits, then what is to blame (judge.py, culprits.py)
     keep        record, reports, MLflow's run; with action=promote, the new baseline
 
@@ -150,6 +151,9 @@ def _measured_and_judged(
         if baseline is not None:
             _require_same_windows(s, checks, found, baseline, today, invocation)
         outcome = _outcome(s, checks, found, baseline, today)
+        if slow := _slow(checks, outcome):
+            _measure_again(slow, found, invocation, progress, measurer)
+            outcome = _outcome(s, checks, found, baseline, today)
         return _kept(s, outcome, found, invocation, began_s)
 
 
@@ -223,6 +227,34 @@ def _measure(
             continue
         invocation.keep(check.name, measured)
         found.measured += measured
+
+
+def _slow(checks: Sequence[Check], outcome: Outcome) -> list[Check]:
+    """Checks of a speed that break a limit: a neighbour on the machine may have, for minutes."""
+    red = {gate.name for gate in outcome.gates if gate.passed is False}
+    return [check for check in checks if check.job == "throughput" and check.name in red]
+
+
+def _measure_again(
+    checks: Sequence[Check],
+    found: _Found,
+    invocation: Invocation,
+    progress: MakeProgress,
+    measurer: Measurer,
+) -> None:
+    """Checks a second time, in place of the first; one that fails now keeps what it was."""
+    order = list(dict.fromkeys(one.check for one in found.measured))
+    for check in checks:
+        said = f"{check.name} broke a limit and was measured again; the second time counts"
+        log.info("%s", said)
+        try:
+            measured = measurer.measure(check, invocation.folder, progress())
+        except (IncompleteError, RefusedError) as error:
+            log.warning("%s, again: %s", check.name, error)
+            continue
+        found.warnings.append(said)
+        others = [one for one in found.measured if one.check != check.name]
+        found.measured = sorted(others + measured, key=lambda one: order.index(one.check))
 
 
 def _require_same_windows(

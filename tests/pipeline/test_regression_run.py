@@ -233,6 +233,38 @@ def test_a_suite_whose_first_check_cannot_start_is_refused(go, promoted) -> None
         go(Fake(fails={"one": RefusedError("no worker")}))
 
 
+@pytest.mark.parametrize(("again", "verdict", "exit_code"), [(0.8, "passed", 0), (0.5, "regression", 1)])
+def test_a_slow_speed_is_measured_again_and_then_counts(go, again, verdict, exit_code) -> None:
+    limits, _ = limits_of("speed", "throughput", {"fma_share": {"fall": 0.15}}, tests=["ppl512"])
+    speed = Check("speed", "throughput", checks()[0].settings, limits, 0, "a speed", {})
+    of, shares = [speed, *checks()], [0.8]
+
+    class Speeds(Fake):
+        def look(self, check: Check, folder: Path) -> list[Ahead]:
+            return [] if check is speed else super().look(check, folder)
+
+        def measure(self, check: Check, folder: Path, progress: object) -> list[Measured]:
+            if check is not speed:
+                return super().measure(check, folder, progress)
+            self.calls.append("speed")
+            share = shares.pop(0)
+            return [
+                Measured(
+                    "speed", "throughput", "m", "ppl512", {}, {}, {"fma_share": share, "tok_per_s": share},
+                    samples={"fma_share": [share]},
+                )
+            ]  # fmt: skip
+
+    go(Speeds(), of, action="promote")
+    shares += [0.5, again]
+    measurer = Speeds()
+    summary = go(measurer, of).summary
+    assert (summary["verdict"], summary["exit_code"]) == (verdict, exit_code)
+    assert measurer.calls == ["speed", "one", "two", "speed"]
+    assert [gate["value"] for gate in summary["gates"] if gate["name"] == "speed"] == [again]
+    assert "speed broke a limit and was measured again; the second time counts" in summary["warnings"]
+
+
 def test_an_interrupted_run_is_gone_on_with(go, promoted) -> None:
     with pytest.raises(KeyboardInterrupt):
         go(Fake(fails={"two": KeyboardInterrupt()}))
