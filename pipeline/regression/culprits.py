@@ -8,6 +8,7 @@ the tensors of the model file that are others (engine.tensor_digests). And all t
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -296,15 +297,30 @@ def _how_fast(red: Sequence[Gate], then: Measured, now: Measured) -> str:
 
 
 def _ceiling(then: Measured, now: Measured) -> str:
-    """Whether the machine itself does less: tokens a second over their share of it is in proportion to it."""
+    """Whether the machine itself does less, and by more than from round to round."""
     for share, what in (("fma_share", "arithmetic"), ("read_share", "memory")):
-        pairs = [(figure(each, "tok_per_s"), figure(each, share)) for each in (then, now)]
-        ceilings = [speed / part for speed, part in pairs if speed and part]
-        if len(ceilings) == 2:
-            change = ceilings[1] / ceilings[0] - 1
-            moved = f"moved too ({_change(change)})" if abs(change) > _SAME else "did not move"
+        before, after = _ceilings(then, share), _ceilings(now, share)
+        if before and after:
+            change = statistics.median(after) / statistics.median(before) - 1
+            if abs(change) <= _SAME:
+                moved = "did not move"
+            elif max(min(before), min(after)) <= min(max(before), max(after)):
+                moved = "did not move by more than between rounds"
+            else:
+                moved = f"moved too ({_change(change)})"
             return f"the machine's ceiling of {what} {moved}"
     return ""
+
+
+def _ceilings(measured: Measured, share: str) -> list[float]:
+    """Of each round, in proportion to it: tokens a second over their share of it."""
+    pairs: list[tuple[float | None, float | None]]
+    rounds = measured.samples
+    if "tok_per_s" in rounds and share in rounds:
+        pairs = list(zip(rounds["tok_per_s"], rounds[share], strict=True))
+    else:
+        pairs = [(figure(measured, "tok_per_s"), figure(measured, share))]
+    return [speed / part for speed, part in pairs if speed and part]
 
 
 def _percent(share: float) -> str:

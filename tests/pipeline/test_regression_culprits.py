@@ -172,6 +172,23 @@ def test_a_slower_gemm_is_told_from_a_slower_machine():
     assert (machine.windows, machine.layer) == ([], None)
 
 
+def test_a_ceiling_that_moves_from_round_to_round_did_not_move():
+    """Five rounds beside other work, as they were seen: medians 3.4 % apart, and ranges that overlap."""
+
+    def with_ceilings(speed, ceilings):
+        shares = [speed / each for each in ceilings]
+        return replace(timed(), samples={"tok_per_s": [speed] * 5, "fma_share": shares})
+
+    then = with_ceilings(364.0, [431.0, 430.0, 430.0, 432.0, 432.0])
+    said = "the machine's ceiling of arithmetic did not move by more than between rounds"
+    assert said in blamed([SHARE], with_ceilings(280.0, [416.0, 416.0, 435.0, 401.0, 400.0]), then).sentence
+    apart = blamed([SHARE], with_ceilings(280.0, [416.0, 416.0, 420.0, 401.0, 400.0]), then).sentence
+    assert "the machine's ceiling of arithmetic moved too (-3.48 %)" in apart
+    medians = {"tok_per_s": 280.0, "fma_share": 280 / 416}
+    alone = blamed([SHARE], replace(timed(), samples={}, metrics=medians), then).sentence
+    assert "the machine's ceiling of arithmetic moved too (-3.48 %)" in alone
+
+
 def test_without_a_baseline_there_is_nothing_to_narrow_down():
     found = blamed([Limit("ppl", "at_most", 5)], scored(), None)
     assert found.sentence == "pydoc: ppl is 16.91 (limit <= 5); there is no baseline of it to say why"

@@ -260,6 +260,8 @@ def test_a_missing_window_is_refused():
     )
     found = refusal(replace(then, windows=fewer), then)
     assert found == "n_windows 8 in the baseline, 7 now: window 5 is missing"
+    found = refusal(then, replace(then, windows=fewer))
+    assert found == "n_windows 7 in the baseline, 8 now: window 5 is new"
     asked = with_measure(then, {"protocol_limit": 7})
     assert refusal((asked.id, asked.measure), then) == (
         "protocol_limit 8 in the baseline, 7 now: another part of the text"
