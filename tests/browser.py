@@ -1,9 +1,11 @@
-"""A headless Chromium that shows a report as MLflow's artifact view does: a blob in a sandboxed iframe."""
+"""Pages of reports: their tags, their data, and how a headless Chromium shows them in a sandboxed iframe."""
 
 from __future__ import annotations
 
 import asyncio
+import html.parser
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -71,3 +73,31 @@ async def _text(port_file: Path, limit_s: float = 60.0) -> str:
                     if told := (await socket.receive_json())["result"]["result"].get("value"):
                         return str(told)
                     await asyncio.sleep(0.2)
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag with its attributes; those left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def specifications(text: str) -> list[dict[str, Any]]:
+    """The pictures' data, as the page's script reads them."""
+    return [
+        json.loads(found) for found in re.findall(r'type="application/json" id="[^"]+">(.*?)</script>', text)
+    ]

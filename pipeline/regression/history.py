@@ -35,8 +35,8 @@ from pipeline.regression.outcome import Measured, Outcome
 
 _log = logging.getLogger(__name__)
 
-FIGURES = ("ppl", "kld_mean", "fma_share", "read_share", "ratio/")
-"""Metrics that are followed, by the beginning of their names."""
+FIGURES = ("ppl", "kld_mean", "fma_share", "read_share", "ratio")
+"""Metrics that are followed; ratio/PEER by its first part."""
 
 LEAST = 6
 """Runs before a noisy series is judged."""
@@ -231,9 +231,14 @@ def _followed(record: Mapping[str, Any], metrics: Mapping[str, float | None]) ->
             cpu=record.get("cpu"),
         )
         for metric, value in metrics.items()
-        if metric.startswith(FIGURES) and "stderr" not in metric
+        if is_followed(metric)
         if value is not None and math.isfinite(value)
     ]
+
+
+def is_followed(metric: str) -> bool:
+    """Whether a metric has a history."""
+    return metric.partition("/")[0] in FIGURES
 
 
 def example(n: int = 60) -> list[Row]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import browser
 import numpy as np
@@ -40,37 +38,9 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return lambda summary, pairs, tokenizer=Letters(): module.render(summary, pairs, tokenizer)  # noqa: B008
 
 
-class Tags(html.parser.HTMLParser):
-    """Every tag with its attributes, and the text of tables."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def specifications(text: str) -> list[dict[str, Any]]:
-    """The pictures' data, as the page's script reads them."""
-    return [
-        json.loads(found) for found in re.findall(r'type="application/json" id="[^"]+">(.*?)</script>', text)
-    ]
-
-
 def test_the_page_is_whole_and_names_no_address(page: Callable[..., str]) -> None:
     text = page(*example())
-    parsed = Tags(text)
+    parsed = browser.Tags(text)
     assert parsed.open == []
     addresses = [a[key] for _, a in parsed.tags for key in ("src", "href", "action", "data") if key in a]
     assert addresses == ["data:,"]
@@ -89,14 +59,14 @@ def test_every_variant_is_in_the_tables_and_pictures(page: Callable[..., str]) -
         "tiny.Q8_0",
         "tiny.Q4_0",
     ]  # the second has every figure
-    pictures = specifications(text)
+    pictures = browser.specifications(text)
     assert len(pictures) == 5  # two of sizes, one of probabilities, two of places
     import altair
 
     for spec in pictures:
         altair.LayerChart.from_dict(spec, validate=True)
     assert all(name in json.dumps(spec) for spec in pictures for name, *_ in VARIANTS)
-    hosts = [a for _, a in Tags(text).tags if "data-spec" in a]
+    hosts = [a for _, a in browser.Tags(text).tags if "data-spec" in a]
     assert all(a["role"] == "img" and a["aria-label"] for a in hosts)
     assert "0.05" in next(
         str(a["aria-label"]) for a in hosts
@@ -111,10 +81,10 @@ def test_texts_and_names_are_escaped(page: Callable[..., str]) -> None:
         bad, [Pair(bad, pairs.pairs[0].windows), pairs.pairs[1]], np.full_like(pairs.tokens, 7), {bad: bad}
     )
     text = page(summary, pairs)
-    tags = Tags(text).tags
+    tags = browser.Tags(text).tags
     assert not [tag for tag, a in tags if tag in ("img", "b") or "onerror" in a or "onclick" in a]
     assert "&lt;/script&gt;&lt;b onclick=x&gt;&amp;amp;" in text
-    assert json.dumps(bad) in json.dumps(specifications(text)[2])
+    assert json.dumps(bad) in json.dumps(browser.specifications(text)[2])
 
 
 def test_the_page_is_the_same_for_the_same_arguments(page: Callable[..., str]) -> None:
@@ -126,7 +96,7 @@ def test_without_tokens_the_page_says_so_and_shows_the_rest(page: Callable[..., 
 
     text = page(*example(tokens=False))
     assert text.count(NO_TOKENS) == 2  # by position, and in the text
-    assert len(specifications(text)) == 4  # Δp from the sketches
+    assert len(browser.specifications(text)) == 4  # Δp from the sketches
     assert NO_TEXT not in text
 
     summary, pairs = example()

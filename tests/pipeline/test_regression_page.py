@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import html.parser
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import browser
 import numpy as np
@@ -38,43 +35,17 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return module.render
 
 
-class Tags(html.parser.HTMLParser):
-    """Every tag with its attributes; those left open."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def specifications(text: str) -> list[dict[str, Any]]:
-    """The pictures' data, as the page's script reads them."""
-    return [json.loads(found) for found in re.findall(r'json" id="[^"]+">(.*?)</script>', text)]
-
-
 def test_the_page_is_whole_and_names_no_address(page: Callable[..., str]) -> None:
     import altair
 
     outcome = regression()
     text = page(outcome, two(outcome))
-    parsed = Tags(text)
+    parsed = browser.Tags(text)
     assert parsed.open == []
     assert [a[key] for _, a in parsed.tags for key in ("src", "href") if key in a] == ["data:,"]
     assert "://" not in text
     assert "/home" not in text
-    pictures = specifications(text)
+    pictures = browser.specifications(text)
     assert len(pictures) == 4  # windows that moved, a speed, two figures over time
     for spec in pictures:
         (altair.LayerChart if "layer" in spec else altair.Chart).from_dict(spec, validate=True)
@@ -87,7 +58,7 @@ def test_the_page_is_whole_and_names_no_address(page: Callable[..., str]) -> Non
 
 
 def test_change_points_are_marked_between_runs(page: Callable[..., str]) -> None:
-    found = specifications(page(passed(), two(passed())))[1:]
+    found = browser.specifications(page(passed(), two(passed())))[1:]
     marks = [
         value
         for spec in found
@@ -125,7 +96,7 @@ def test_nothing_that_is_named_becomes_markup(page: Callable[..., str]) -> None:
         outcome, suite=bad, gates=gates, culprits=culprits, measured=now, checks={bad: bad}, warnings=[bad]
     )
     text = page(odd, two(odd))
-    assert Tags(text).open == []
+    assert browser.Tags(text).open == []
     assert "<img" not in text.replace("\\u003cimg", "")
 
 
@@ -133,11 +104,11 @@ def test_a_first_run_and_an_empty_one_have_pages(page: Callable[..., str]) -> No
     first = replace(passed(), baseline=None)
     text = page(first, series(with_today([], first)))
     assert "This run is the first that is recorded with these measures." in text
-    assert len(specifications(text)) == 1  # of the speed
+    assert len(browser.specifications(text)) == 1  # of the speed
     bare = Outcome("s", "0" * 16, "incomplete", {}, (), (), (), None, {}, ["check a: out of memory"])
     text = page(bare, [])
     assert "check a: out of memory" in text
-    assert specifications(text) == []
+    assert browser.specifications(text) == []
 
 
 def test_windows_that_did_not_move_or_are_others_have_no_picture() -> None:
@@ -164,7 +135,7 @@ def test_only_todays_figures_have_pictures_and_no_more_than_there_is_room_for(
     found = series(with_today([*other, *rows], outcome))
     monkeypatch.setattr(module, "MOST_PICTURES", 2)
     text = page(outcome, found)
-    assert len(specifications(text)) == 3
+    assert len(browser.specifications(text)) == 3
     assert "5 more figures have no picture here." in text
 
 

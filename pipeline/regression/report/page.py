@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from pipeline.regression.history import FIGURES, Series, moment
+from pipeline.regression.history import Series, is_followed, moment
 from pipeline.regression.outcome import Culprit, Gate, Measured, Outcome
 from pipeline.regression.report import charts, words
 from pipeline.report import page
@@ -76,10 +76,12 @@ def headline(content: Content) -> str:
 def gates(content: Content) -> str:
     """Every limit, the broken ones first."""
     found = words.sorted_out(content.outcome.gates)
-    rows = [_gate(gate, name) for name, gates in found.items() for gate in gates]
+    has_notes = any(gate.note for gates in found.values() for gate in gates)
+    columns = _GATE if has_notes else _GATE[:-1]
+    rows = [_gate(gate, name, columns) for name, gates in found.items() for gate in gates]
     if not rows:
         return ""
-    heads = [(name, name in _TEXTS) for name in _GATE]
+    heads = [(name, name in _TEXTS) for name in columns]
     table = grid(heads, rows, "Every limit with its figures and verdict")
     return section("Limits", f'<div class="gates">{table}</div>')
 
@@ -88,7 +90,7 @@ _GATE = ("check", "of", "metric", "value", "baseline", "change", "limit", "verdi
 _TEXTS = ("check", "of", "metric", "limit", "verdict", "note")
 
 
-def _gate(gate: Gate, state: str) -> str:
+def _gate(gate: Gate, state: str, columns: Sequence[str]) -> str:
     moved = words.change(gate.value, gate.baseline)
     told: list[tuple[str, Any]] = [
         (", ".join(part for part in (gate.variant, gate.data) if part), None),
@@ -102,7 +104,7 @@ def _gate(gate: Gate, state: str) -> str:
     ]
     cells = [
         cell(name, said, (said or None) if name in _TEXTS else value, is_text=name in _TEXTS)
-        for name, (said, value) in zip(_GATE[1:], told, strict=True)
+        for name, (said, value) in zip(columns[1:], told[: len(columns) - 1], strict=True)
     ]
     return row(gate.name, cells, kind=_KINDS[state])
 
@@ -198,7 +200,7 @@ def speeds(content: Content) -> str:
     charted: dict[tuple[str, str], list[Measured]] = {}
     for now in content.outcome.measured:
         for metric in now.samples:
-            if metric.startswith(FIGURES):
+            if is_followed(metric):
                 charted.setdefault((now.check, metric), []).append(now)
     parts = []
     for (check, metric), found in charted.items():
