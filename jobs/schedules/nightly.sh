@@ -9,7 +9,7 @@
 #   PAGEMILL_CACHE           cache, absolute [pagemill's own]
 #   PAGEMILL_TRACKING_URI    MLflow's, where baselines live [a local one below the results]
 #   PAGEMILL_GIT_SHA         names the commit where the checkout has no .git
-#   PAGEMILL_...             what a suite reads besides (conf/suite); goes along to a cluster
+#   PAGEMILL_...             what a suite reads besides (conf/suite, conf/model); goes along to a cluster
 #   RAY_API_SERVER_ADDRESS   a cluster's dashboard: the gate is submitted there; empty or unset: it runs here
 #   RAY_AUTH_TOKEN_PATH      the cluster's token, mode 0600 [~/.ray/pagemill_token]; or RAY_AUTH_TOKEN itself
 #

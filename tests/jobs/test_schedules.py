@@ -42,8 +42,9 @@ def settings() -> dict[str, str]:
 
 
 def test_settings_are_the_scripts_and_mean_the_same_to_a_shell_and_to_systemd() -> None:
-    suites = "".join(path.read_text() for path in (ROOT / "conf/suite").glob("*.yaml"))
-    known = re.findall(r"^#   ([A-Z_]+) ", OPENING, re.MULTILINE) + re.findall(r"oc\.env:([A-Z_]+)", suites)
+    choices = "".join(path.read_text() for path in (ROOT / "conf").rglob("*.yaml"))
+    known = re.findall(r"^#   ([A-Z_]+) ", OPENING, re.MULTILINE)
+    known += re.findall(r"oc\.env:([A-Z0-9_]+)", choices)
     assert settings().keys() <= set(known)
     for value in settings().values():
         assert re.fullmatch(r"[\w/.:-]+", value), "nothing that either would read in its own way"
